@@ -85,6 +85,11 @@ class _LinearLogp(torch.autograd.Function):
         return (d_hidden.to(hidden.dtype) if need_hidden else None), d_head, None, None, None
 
 
+def logits(hidden, head):
+    """hidden [S, H] @ head.T [H, V] -> [S, V] in float32, for the few rows that a sampler decodes at a time."""
+    return _product(hidden, head.T)
+
+
 def _slices(T, V):
     step = max(1, min(V, SLICE_ELEMENTS // max(T, 1)))
     return [slice(lo, min(lo + step, V)) for lo in range(0, V, step)]

@@ -383,14 +383,15 @@ class Run:
         file = self.folder / "metrics.jsonl"
         return [line for line in file.read_text().split("\n")[:-1] if line] if file.is_file() else []
 
-    def log(self, step, metrics):
-        """One line a step, to metrics.jsonl and to the console. Not a number is written as null."""
+    def log(self, step, metrics, show=None):
+        """One line a step to metrics.jsonl, those named in `show` (default: all) to the console. nan becomes null."""
         if self.ranks.rank != 0:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **clean}) + "\n")
-        print(f"step {step:4d}  " + "  ".join(f"{k} {v:.4g}" for k, v in clean.items() if v is not None), flush=True)
+        print(f"step {step:4d}  " + "  ".join(f"{k} {v:.3g}" for k, v in clean.items()
+                                               if v is not None and (show is None or k in show)), flush=True)
 
     def checkpoint(self, step, model, optimizer, dtype):
         """The policy as a Hugging Face folder step_XXXXXX, then the resume state; older states are dropped."""

@@ -40,6 +40,7 @@ import runtime
 from runtime import key, section
 
 PENALTY = {"reverse": losses.reverse_kl, "forward": losses.forward_kl, "k3": losses.k3}
+SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high", "grad_norm", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def main():
                 logp, old_logp[place], entropy, advantage[row], batch.reward, row,
                 clip_low=cfg.loss.clip_low, clip_high=cfg.loss.clip_high),
             "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-            "tokens_per_second": int(batch.lengths[rows].sum()) / seconds, "memory_gib": runtime.memory_gib(ranks)})
+            "tokens_per_second": int(batch.lengths[rows].sum()) / seconds, "memory_gib": runtime.memory_gib(ranks)}, SHOWN)
         if (step + 1) % cfg.train.checkpoint_every == 0 or step + 1 in (*cfg.train.checkpoint_at, cfg.train.steps):
             run.checkpoint(step + 1, model, optimizer, dtype)
     run.finish(steps=cfg.train.steps)

@@ -1,0 +1,449 @@
+"""evaluate.py - what a policy can do and what it cost: AVG@K, pass@k, KL to the base, entropy, length; tables and plots.
+
+    AVG@K       mean over problems of the share of K samples that are right; its standard error over problems
+    pass@k      1 - C(n - c, k) / C(n, k), unbiased, from n samples of which c are right
+    KL          reverse KL(pi || base), exact over the vocabulary at every token of the *new* policy's own samples, drawn
+                and scored at one temperature without truncation: sum of all tokens' KL / number of tokens
+                (kl_sequence: mean of the sequences' sums)
+    KL efficiency   the least sequence KL at which any policy reaches this accuracy, over the sequence KL spent; in [0, 1].
+                A prompt solved with probability s by the base costs at least a ln(a/s) + (1-a) ln((1-a)/(1-s)) to be solved
+                with probability a (data processing), and the cheapest way to a mean accuracy tilts all prompts alike:
+                a = s e^b / (s e^b + 1 - s). s is exact where the prompts file has a "success" field (toy.py); else it is
+                estimated from the base's own samples, prompts never solved cannot rise, and the report says "estimate".
+
+Checkpoints are scored here, never inside a training loop. A [[policy]] path may be a checkpoint or a run folder, which
+stands for all its step_* checkpoints. [[select]] picks a checkpoint of a run by a rule and writes rule and outcome into
+report.json: "best" (accuracy on these prompts; use validation prompts, disjoint from the test), "last", or "unlearned"
+(the checkpoint of steps 10-30 with the lowest mean probability on positives, from metrics.jsonl).
+
+    torchrun --nproc-per-node 2 evaluate.py --config configs/toy/evaluate.toml     # report.json, report.md, plot.png
+"""
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import grade
+import kernels
+import model as models
+import rollouts
+import runtime
+import sample
+from runtime import key
+
+
+@dataclass(frozen=True)
+class Policy:
+    name: str = key(help="name of the row, or of the run's rows")
+    path: str = key(help="checkpoint folder, or run folder with step_* checkpoints")
+    role: str = key("policy", "base, teacher, student, control or policy: how it is drawn and compared")
+    round: int = key(0, "round of erpd.py")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    name: str = key(help="column of the table")
+    temperature: float = key(1.0, "0: greedy")
+    top_p: float = key(1.0, "nucleus")
+    top_k: int = key(0, "0: off")
+    min_p: float = key(0.0, "0: off")
+    n: int = key(4, "samples a prompt: the K of AVG@K (paper: 32; greedy needs 1)")
+
+
+@dataclass(frozen=True)
+class Select:
+    run: str = key(help="name of a [[policy]] that is a run folder")
+    rule: str = key("best", "best, last or unlearned")
+
+    def __post_init__(self):
+        runtime.one_of("select.rule", self.rule, ("best", "last", "unlearned"))
+
+
+@dataclass(frozen=True)
+class Config:
+    base: str = key(help="checkpoint folder that KL is measured to: the very first policy")
+    prompts: str = key(help="JSONL file of prompts with answers")
+    output: str = key(help="folder for report.json, report.md, plot.png")
+    policy: list[Policy] = key([], "one or more [[policy]] sections; the base is always evaluated")
+    sampling: list[Sampling] = key([], "[[sampling]] sections; the first is the row's main accuracy")
+    select: list[Select] = key([], "[[select]] sections")
+    max_new_tokens: int = key(32768, "longest response")
+    kl_temperature: float = key(1.0, "temperature at which KL and entropy are sampled and scored")
+    kl_samples: int = key(1, "samples a prompt for KL, if no [[sampling]] is untruncated at that temperature")
+    pass_at: list[int] = key([1, 4], "k of pass@k, for the first [[sampling]]")
+    limit: int = key(0, "use only the first prompts; 0: all")
+    seed: int = key(0, "of every sample")
+    max_tokens: int = key(32768, "tokens of a forward pass when KL is scored")
+    template: str = key("{problem}", "text around the problem, inside the chat template")
+    problem: str = key("problem", "name of the problem field in the prompts file")
+    answer: str = key("answer", "name of the answer field")
+    lenient: bool = key(False, "grade unboxed answers too (base models)")
+    slots: int = key(0, "sequences decoded at a time; 0: as many as fit")
+    plot: bool = key(True, "draw plot.png (needs matplotlib)")
+
+    def __post_init__(self):
+        if not self.sampling:
+            raise ValueError("at least one [[sampling]] section is needed")
+
+
+# ---------------------------------------------------------------- estimators
+
+
+def pass_at_k(n, c, k):
+    """Unbiased probability that one of k samples is right, from n samples of which c are."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def mean_and_error(values):
+    """Mean and its standard error over independent problems."""
+    n, mean = len(values), sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else float("nan")
+
+
+def ratio_and_error(numerators, denominators):
+    """Sum / sum and its standard error over independent problems (delta method)."""
+    n, ratio, mean = len(numerators), sum(numerators) / sum(denominators), sum(denominators) / len(denominators)
+    spread = sum((a - ratio * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
+    return ratio, math.sqrt(spread / (n - 1) / n) / mean if n > 1 else float("nan")
+
+
+def least_kl(success, accuracy):
+    """Least mean sequence KL, in nats, at which any policy reaches a mean accuracy; success: the base's, per prompt.
+
+    0 at or below the base's own mean; inf beyond what its support allows (prompts with success 0 stay unsolved).
+    """
+    if accuracy <= sum(success) / len(success):
+        return 0.0
+    movable = [s for s in success if 0 < s < 1]
+    certain = sum(s >= 1 for s in success)
+    if accuracy >= (len(movable) + certain) / len(success):
+        return float("inf")
+
+    def tilt(b):
+        return [s / (s + (1 - s) * math.exp(-b)) for s in movable]
+
+    low, high = 0.0, 60.0
+    for _ in range(100):
+        b = (low + high) / 2
+        low, high = (b, high) if (sum(tilt(b)) + certain) / len(success) < accuracy else (low, b)
+    kl = sum(_xlogy(a, s) + _xlogy(1 - a, 1 - s) for a, s in zip(tilt(high), movable, strict=True))
+    return kl / len(success)
+
+
+def _xlogy(a, s):
+    return a * math.log(a / s) if a > 0 else 0.0
+
+
+# ---------------------------------------------------------------- one policy
+
+
+def measure(path, cfg, ranks, rows, prompts, tokenizer):
+    """Sample and score one policy; per-prompt numbers, gathered over ranks: {sampling: [dict a prompt]}, {kl: ...}."""
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    model = models.load(path, dtype=dtype, device=ranks.device)
+    mine = list(range(ranks.rank, len(prompts), ranks.world))
+    settings = [(s.name, s) for s in cfg.sampling]
+    plain = next((s.name for s in cfg.sampling if s.temperature == cfg.kl_temperature and s.top_p == 1
+                  and s.top_k == 0 and s.min_p == 0), None)
+    if plain is None:  # AVG@K's truncated samples give no KL: a pass of its own
+        plain = "kl"
+        settings.append((plain, Sampling("kl", temperature=cfg.kl_temperature, n=cfg.kl_samples)))
+    results, kept = {}, []
+    for name, s in settings:
+        slots = cfg.slots or sample.default_slots(model, max(map(len, prompts)) + cfg.max_new_tokens, len(mine) * s.n)
+        out = {p: {"right": 0, "undecided": 0, "n": 0, "length": 0, "truncated": 0} for p in mine}
+        local, texts, golds = [prompts[p] for p in mine], [], []
+        sampled = sample.generate(
+            model, local, n=s.n, max_new_tokens=cfg.max_new_tokens, temperature=s.temperature, top_p=s.top_p,
+            top_k=s.top_k, min_p=s.min_p, stop=tokenizer.stop, seed=cfg.seed, slots=slots, ids=mine)
+        for q in sampled:
+            texts.append(tokenizer.decode(q.tokens))
+            golds.append(rows[mine[q.prompt]]["answer"])
+        for q, verdict in zip(sampled, grade.grade_many(texts, golds, lenient=cfg.lenient), strict=True):
+            cell = out[mine[q.prompt]]
+            cell["right"] += int(verdict == 1.0)
+            cell["undecided"] += int(verdict is None)
+            cell["n"] += 1
+            cell["length"] += len(q.tokens)
+            cell["truncated"] += int(not q.finished)
+        results[name] = out
+        kept = sampled if name == plain else kept
+    results["divergence"] = divergence(model, path, cfg, ranks, [(mine[q.prompt], prompts[mine[q.prompt]], q.tokens) for q in kept])
+    pieces = [None] * ranks.world
+    dist.all_gather_object(pieces, results)
+    merged = {name: {p: cell for piece in pieces for p, cell in piece[name].items()} for name in results}
+    return {name: [cells[p] for p in range(len(prompts))] for name, cells in merged.items()}
+
+
+@torch.no_grad()
+def divergence(model, path, cfg, ranks, sequences):
+    """Exact KL to the base and entropy, summed over the response tokens of each prompt's samples: {prompt: dict}."""
+    same = Path(path).resolve() == Path(cfg.base).resolve()
+    base = model if same else models.load(cfg.base, dtype=model.head.dtype, device=ranks.device)
+    cells = {}
+    sequences = sorted(sequences, key=lambda s: len(s[1]) + len(s[2]))
+    while sequences:
+        pack, size = [], 0
+        while sequences and (not pack or size + len(sequences[-1][1]) + len(sequences[-1][2]) <= cfg.max_tokens):
+            pack.append(sequences.pop())
+            size += len(pack[-1][1]) + len(pack[-1][2])
+        tokens = torch.tensor([t for _, prompt, response in pack for t in (*prompt, *response)], device=ranks.device)
+        lengths = torch.tensor([len(prompt) + len(response) for _, prompt, response in pack])
+        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
+        places = [range(int(cu_seqlens[i]) + len(prompt), int(cu_seqlens[i + 1])) for i, (_, prompt, _) in enumerate(pack)]
+        before = torch.tensor([t - 1 for place in places for t in place], device=ranks.device)
+        cu_seqlens = cu_seqlens.to(ranks.device)
+        p = model(tokens, cu_seqlens)[before]
+        _, entropy = kernels.linear_logp(p, model.head, tokens[before + 1], temperature=cfg.kl_temperature)
+        kl = torch.zeros_like(entropy) if same else kernels.linear_kl(
+            p, model.head, base(tokens, cu_seqlens)[before], base.head, temperature=cfg.kl_temperature)
+        sizes = [len(place) for place in places]
+        for (prompt, _, _), k, h in zip(pack, kl.split(sizes), entropy.split(sizes), strict=True):
+            cell = cells.setdefault(prompt, {"kl": 0.0, "entropy": 0.0, "tokens": 0, "sequences": 0})
+            cell["kl"] += float(k.double().sum())
+            cell["entropy"] += float(h.double().sum())
+            cell["tokens"] += len(k)
+            cell["sequences"] += 1
+    return cells
+
+
+def summarise(cells, cfg, success):
+    """Per-prompt numbers of one policy -> a report row. success: the base's per prompt, or None (the base itself, estimating)."""
+    row = {"sampling": {}}
+    for s in cfg.sampling:
+        part = cells[s.name]
+        accuracy, error = mean_and_error([c["right"] / c["n"] for c in part])
+        total = sum(c["n"] for c in part)
+        row["sampling"][s.name] = {
+            "accuracy": accuracy, "accuracy_se": error, "n": s.n, "undecided": sum(c["undecided"] for c in part) / total,
+            "length": sum(c["length"] for c in part) / total, "truncated": sum(c["truncated"] for c in part) / total}
+    first = cells[cfg.sampling[0].name]
+    row.update(row["sampling"][cfg.sampling[0].name])
+    row["pass_at_k"] = {str(k): mean_and_error([pass_at_k(c["n"], c["right"], k) for c in first])[0]
+                        for k in cfg.pass_at if k <= cfg.sampling[0].n}
+    d = cells["divergence"]
+    row["kl"], row["kl_se"] = ratio_and_error([c["kl"] for c in d], [c["tokens"] for c in d])
+    row["kl_sequence"] = sum(c["kl"] for c in d) / sum(c["sequences"] for c in d)
+    row["entropy"] = sum(c["entropy"] for c in d) / sum(c["tokens"] for c in d)
+    floor = least_kl(success, row["accuracy"]) if success else 0.0
+    row["least_kl_sequence"] = floor
+    row["kl_efficiency"] = floor / row["kl_sequence"] if row["kl_sequence"] > 0 and math.isfinite(floor) else None
+    return row
+
+
+# ---------------------------------------------------------------- selection, comparison
+
+
+def checkpoints(path):
+    """[(step or None, folder)] of a checkpoint or a run folder. ValueError if it is neither."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        step = path.name.removeprefix("step_")
+        return [(int(step) if step.isdigit() else None, path)]
+    found = sorted(p for p in path.glob("step_*") if (p / "config.json").is_file())
+    if not found:
+        raise ValueError(f"{path}: neither a checkpoint folder (config.json) nor a run folder (step_*)")
+    return [(int(p.name.removeprefix("step_")), p) for p in found]
+
+
+def read_metrics(folder):
+    file = Path(folder) / "metrics.jsonl"
+    return [row for _, row in rollouts.read_json_lines(file)] if file.is_file() else []
+
+
+def select(rows, run, rule):
+    """Pick one of a run's rows -> {"run", "rule", "step", "path", "why"}."""
+    mine = [row for row in rows if row["policy"] == run]
+    if not mine:
+        raise ValueError(f"select: no evaluated policy is named {run!r}")
+    if rule == "last":
+        chosen, why = mine[-1], "last checkpoint"
+    elif rule == "best":
+        chosen = max(mine, key=lambda row: row["accuracy"])
+        why = "accuracy " + ", ".join(f"{row['step']}: {row['accuracy']:.3f}" for row in mine)
+    else:
+        curve = {m["step"]: m["p_positive"] for m in read_metrics(Path(mine[0]["path"]).parent)}
+        early = [row for row in mine if row["step"] in curve and 10 <= row["step"] <= 30]
+        if not early:
+            raise ValueError(f"select: {run} has no checkpoint between steps 10 and 30 to be the unlearned policy")
+        chosen = min(early, key=lambda row: curve[row["step"]])
+        why = "mean p on positives " + ", ".join(f"{row['step']}: {curve[row['step']]:.3f}" for row in early)
+    return {"run": run, "rule": rule, "step": chosen["step"], "path": chosen["path"], "why": why}
+
+
+def at_equal_kl(rows):
+    """Every student against every single-stage run at the student's own KL: [{student, step, against, difference, se, ...}].
+
+    A run's accuracy at that KL is interpolated in sqrt(KL) on its upper envelope, from the base on; "reached" is false
+    where the run never spent that much KL (its best is compared then).
+    """
+    base = next(row for row in rows if row["role"] == "base")
+    comparisons = []
+    for student in (row for row in rows if row["role"] == "student"):
+        for name in dict.fromkeys(row["policy"] for row in rows if row["role"] in ("teacher", "control")):
+            best, points = base, [base]
+            for row in sorted((r for r in rows if r["policy"] == name), key=lambda r: r["kl"]):
+                best = max(best, row, key=lambda r: r["accuracy"])
+                points.append({**best, "kl": row["kl"]})
+            above = next((i for i, p in enumerate(points) if p["kl"] >= student["kl"]), None)
+            if above is None:
+                accuracy, error = points[-1]["accuracy"], points[-1]["accuracy_se"]
+            elif above == 0:
+                accuracy, error = base["accuracy"], base["accuracy_se"]
+            else:
+                left, right = points[above - 1], points[above]
+                span = math.sqrt(right["kl"]) - math.sqrt(left["kl"])
+                w = (math.sqrt(student["kl"]) - math.sqrt(left["kl"])) / span if span > 0 else 0.0
+                accuracy = (1 - w) * left["accuracy"] + w * right["accuracy"]
+                error = max(left["accuracy_se"], right["accuracy_se"])
+            comparisons.append({
+                "student": student["policy"], "step": student["step"], "against": name, "kl": student["kl"],
+                "difference": student["accuracy"] - accuracy, "se": math.hypot(student["accuracy_se"], error),
+                "reached": above is not None})
+    return comparisons
+
+
+def caption(comparisons):
+    """Plain words for the comparison at equal KL, the unfavourable results first."""
+    lines = []
+    for student in dict.fromkeys((c["student"], c["step"]) for c in comparisons):
+        words = {"is beaten by": [], "ties with (within 2 standard errors)": [], "beats": [], "uses more KL than was ever spent by": []}
+        for c in (c for c in comparisons if (c["student"], c["step"]) == student):
+            verdict = 3 if not c["reached"] else 1 if abs(c["difference"]) <= 2 * c["se"] else 0 if c["difference"] < 0 else 2
+            words[list(words)[verdict]].append(f"{c['against']} ({c['difference']:+.3f})")
+        said = "; ".join(f"{verb} {', '.join(names)}" for verb, names in words.items() if names)
+        lines.append(f"At equal KL, {student[0]}@{student[1]} {said}.")
+    return lines
+
+
+# ---------------------------------------------------------------- table and plot
+
+
+def table(rows, columns):
+    """Report rows -> markdown. `columns`: names of the samplings."""
+    passes = list(rows[0]["pass_at_k"])
+    head = ["policy", "step", *columns, *(f"pass@{k}" for k in passes), "KL / token", "KL / sequence", "KL efficiency",
+            "entropy", "length", "truncated", "training s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [row["policy"], "" if row["step"] is None else str(row["step"])]
+        cells += [f"{row['sampling'][c]['accuracy']:.3f} ± {row['sampling'][c]['accuracy_se']:.3f}" for c in columns]
+        cells += [f"{row['pass_at_k'][k]:.3f}" for k in passes]
+        cells += [f"{row['kl']:.5f} ± {row['kl_se']:.5f}", f"{row['kl_sequence']:.4f}",
+                  "" if row["kl_efficiency"] is None else f"{row['kl_efficiency']:.2f}", f"{row['entropy']:.3f}",
+                  f"{row['length']:.1f}", f"{row['truncated']:.3f}", "" if row["seconds"] is None else f"{row['seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows, success, path, column, notes=()):
+    """Accuracy against KL per token, one panel for the main sampling and one for `column` -> PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    base = next(row for row in rows if row["role"] == "base")
+    styles = {"teacher": dict(marker="o", linestyle="-"), "control": dict(marker="s", linestyle=":", markersize=5),
+              "student": dict(marker="*", linestyle="-", linewidth=2.2, markersize=12), "policy": dict(marker="d", linestyle="-")}
+    spent = [row["kl"] for row in rows if row["kl"] > 0] or [1e-3]
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.6))
+    for panel, which in zip(panels, (next(iter(base["sampling"])), column), strict=True):
+        if panel is panels[0] and success:
+            mean = sum(success) / len(success)
+            levels = [mean + (0.995 - mean) * i / 60 for i in range(1, 61)]
+            bound = [(least_kl(success, a) / base["length"], a) for a in levels]
+            panel.plot([x for x, _ in bound if x < 2 * max(spent)], [y for x, y in bound if x < 2 * max(spent)], "k--",
+                       linewidth=1, label="least KL for any policy")
+        panel.axhline(base["sampling"][which]["accuracy"], color="grey", linewidth=0.8, label="base")
+        for name in dict.fromkeys(row["policy"] for row in rows if row["role"] != "base"):
+            line = [row for row in rows if row["policy"] == name]
+            panel.errorbar([r["kl"] for r in line], [r["sampling"][which]["accuracy"] for r in line],
+                           [r["sampling"][which]["accuracy_se"] for r in line], label=f"{name} ({line[0]['role']})",
+                           elinewidth=0.7, **styles[line[0]["role"]])
+        panel.set(xscale="log", xlim=(min(spent) / 1.5, 1.5 * max(spent)), xlabel="KL(policy || base) per token, nats",
+                  ylabel="accuracy", title=which)
+        panel.grid(alpha=0.3)
+    panels[1].legend(fontsize=8, loc="lower right")
+    if notes:
+        figure.text(0.01, 0.005, "\n".join(notes), fontsize=6.5, va="bottom")
+    figure.tight_layout(rect=(0, 0.028 * len(notes), 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_report(folder, report, success, draw):
+    """report.json, report.md and plot.png from a report's rows."""
+    columns = list(report["rows"][0]["sampling"])
+    runtime.write_text(Path(folder) / "report.json", json.dumps(report, indent=2))
+    text = table(report["rows"], columns)
+    for chosen in report["selection"]:
+        text += f"\nSelected {chosen['run']}@{chosen['step']} (rule {chosen['rule']}: {chosen['why']}).\n"
+    notes = caption(report["comparisons"])
+    text += "".join(f"\n{line}\n" for line in notes)
+    runtime.write_text(Path(folder) / "report.md", text)
+    if draw:
+        plot(report["rows"], success, Path(folder) / "plot.png", columns[-1], notes)
+    return text
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main():
+    cfg = runtime.parse(Config, __doc__)
+    ranks = runtime.start()
+    rows = rollouts.read_prompts(cfg.prompts, problem=cfg.problem, answer=cfg.answer)
+    rows = rows[:cfg.limit] if cfg.limit else rows
+    exact = [float(row["success"]) for row in rows] if all("success" in row for row in rows) else None
+    listed = [Policy("base", cfg.base, "base"), *cfg.policy]
+    if repeated := {p.name for p in listed if sum(q.name == p.name and q.round == p.round for q in listed) > 1}:
+        raise ValueError(f"policy names must differ: {sorted(repeated)[0]!r} stands twice")
+    todo = [(p, step, folder) for p in listed for step, folder in checkpoints(p.path)]
+
+    settings = {name: value for name, value in asdict(cfg).items() if name not in ("policy", "output", "select", "plot", "slots")}
+    settings["prompts"] = hashlib.sha256(json.dumps([(r["id"], r.get("problem"), r.get("messages"), r["answer"])
+                                                     for r in rows]).encode()).hexdigest()
+    settings["base"] = runtime.fingerprint(cfg.base, ranks)
+    report_rows, success = [], exact
+    bar = tqdm(todo, desc="evaluating", unit="policy", disable=ranks.rank != 0)
+    for entry, step, folder in bar:
+        bar.set_postfix_str(f"{entry.name}@{step}" if step is not None else entry.name)
+        tokenizer = models.Tokenizer(folder)
+        prompts = [rollouts.prompt_tokens(tokenizer, row, cfg.template) for row in rows]
+        checkpoint = runtime.fingerprint(folder, ranks)
+        name = hashlib.sha256(json.dumps([checkpoint, settings], sort_keys=True).encode()).hexdigest()[:24]
+        file = Path(cfg.output) / "cells" / f"{name}.json"
+        if not file.is_file():
+            began = time.perf_counter()
+            cells = measure(folder, cfg, ranks, rows, prompts, tokenizer)
+            if ranks.rank == 0:
+                runtime.write_text(file, json.dumps({"seconds": time.perf_counter() - began, "cells": cells}))
+        dist.barrier()
+        if ranks.rank:
+            continue
+        stored = json.loads(file.read_text())
+        if success is None:  # the base comes first
+            success = [c["right"] / c["n"] for c in stored["cells"][cfg.sampling[0].name]]
+        trained = [m["seconds"] for m in read_metrics(folder.parent) if step is not None and m["step"] <= step and "seconds" in m]
+        report_rows.append({
+            "round": entry.round, "policy": entry.name, "role": entry.role, "step": step, "path": str(folder),
+            "fingerprint": checkpoint, **summarise(stored["cells"], cfg, success), "seconds": sum(trained) if trained else None,
+            "evaluation_seconds": stored["seconds"]})
+    if ranks.rank == 0:
+        chosen = [select(report_rows, s.run, s.rule) for s in cfg.select]
+        report = {"rows": report_rows, "selection": chosen, "comparisons": at_equal_kl(report_rows), "seeds": [cfg.seed],
+                  "success": {"kind": "exact" if exact else f"estimate from {cfg.sampling[0].n} samples of the base",
+                              "mean": sum(success) / len(success)},
+                  "config": asdict(cfg)}
+        print(write_report(cfg.output, report, success, cfg.plot), flush=True)
+
+
+if __name__ == "__main__":
+    runtime.command(main)
