@@ -279,47 +279,58 @@ def select(rows, run, rule):
 
 
 def at_equal_kl(rows):
-    """Every student against every single-stage run at the student's own KL: [{student, step, against, difference, se, ...}].
+    """Every student against every single-stage run at the student's own KL: [{student, step, sampling, against, ...}].
 
     A run's accuracy at that KL is interpolated in sqrt(KL) on its upper envelope, from the base on; "reached" is false
-    where the run never spent that much KL (its best is compared then).
+    where the run never spent that much KL (its best is compared then). Standard errors add in quadrature.
     """
     base = next(row for row in rows if row["role"] == "base")
+    runs = dict.fromkeys(row["policy"] for row in rows if row["role"] in ("teacher", "control"))
     comparisons = []
     for student in (row for row in rows if row["role"] == "student"):
-        for name in dict.fromkeys(row["policy"] for row in rows if row["role"] in ("teacher", "control")):
-            best, points = base, [base]
-            for row in sorted((r for r in rows if r["policy"] == name), key=lambda r: r["kl"]):
-                best = max(best, row, key=lambda r: r["accuracy"])
-                points.append({**best, "kl": row["kl"]})
-            above = next((i for i, p in enumerate(points) if p["kl"] >= student["kl"]), None)
-            if above is None:
-                accuracy, error = points[-1]["accuracy"], points[-1]["accuracy_se"]
-            elif above == 0:
-                accuracy, error = base["accuracy"], base["accuracy_se"]
-            else:
-                left, right = points[above - 1], points[above]
-                span = math.sqrt(right["kl"]) - math.sqrt(left["kl"])
-                w = (math.sqrt(student["kl"]) - math.sqrt(left["kl"])) / span if span > 0 else 0.0
-                accuracy = (1 - w) * left["accuracy"] + w * right["accuracy"]
-                error = max(left["accuracy_se"], right["accuracy_se"])
+        for name, which in ((name, which) for name in runs for which in student["sampling"]):
+            points = envelope([base, *(row for row in rows if row["policy"] == name)], which)
+            accuracy, error = interpolate(points, student["kl"])
+            mine = student["sampling"][which]
             comparisons.append({
-                "student": student["policy"], "step": student["step"], "against": name, "kl": student["kl"],
-                "difference": student["accuracy"] - accuracy, "se": math.hypot(student["accuracy_se"], error),
-                "reached": above is not None})
+                "student": student["policy"], "step": student["step"], "sampling": which, "against": name, "kl": student["kl"],
+                "difference": mine["accuracy"] - accuracy, "se": math.hypot(mine["accuracy_se"], error),
+                "reached": points[-1][0] >= student["kl"]})
     return comparisons
 
 
+def envelope(rows, which):
+    """[(kl, accuracy, se)] by growing KL: the best accuracy that a run had reached at that KL or below."""
+    best, points = rows[0]["sampling"][which], []
+    for row in sorted(rows, key=lambda row: row["kl"]):
+        best = max(best, row["sampling"][which], key=lambda cell: cell["accuracy"])
+        points.append((row["kl"], best["accuracy"], best["accuracy_se"]))
+    return points
+
+
+def interpolate(points, kl):
+    """Accuracy and its standard error at `kl`, linear in sqrt(kl) between points, the last one's beyond them."""
+    for (x0, y0, e0), (x1, y1, e1) in zip(points, points[1:], strict=False):
+        if x0 <= kl < x1:
+            w = (math.sqrt(kl) - math.sqrt(x0)) / (math.sqrt(x1) - math.sqrt(x0))
+            return (1 - w) * y0 + w * y1, math.hypot((1 - w) * e0, w * e1)
+    return points[-1][1:]
+
+
 def caption(comparisons):
-    """Plain words for the comparison at equal KL, the unfavourable results first."""
+    """Plain words for each student's last checkpoint at equal KL, the unfavourable first; a tie is within 2 se."""
+    last = {c["student"]: c["step"] for c in comparisons}
     lines = []
-    for student in dict.fromkeys((c["student"], c["step"]) for c in comparisons):
-        words = {"is beaten by": [], "ties with (within 2 standard errors)": [], "beats": [], "uses more KL than was ever spent by": []}
-        for c in (c for c in comparisons if (c["student"], c["step"]) == student):
-            verdict = 3 if not c["reached"] else 1 if abs(c["difference"]) <= 2 * c["se"] else 0 if c["difference"] < 0 else 2
-            words[list(words)[verdict]].append(f"{c['against']} ({c['difference']:+.3f})")
+    for student, which in dict.fromkeys((c["student"], c["sampling"]) for c in comparisons):
+        words = {"is beaten by": [], "ties with": [], "beats": [], "spent more KL than": []}
+        for c in comparisons:
+            if (c["student"], c["step"], c["sampling"]) == (student, last[student], which):
+                tie = abs(c["difference"]) <= 2 * c["se"]
+                verb = "spent more KL than" if not c["reached"] else "ties with" if tie else \
+                    "beats" if c["difference"] > 0 else "is beaten by"
+                words[verb].append(f"{c['against']} ({c['difference']:+.3f})")
         said = "; ".join(f"{verb} {', '.join(names)}" for verb, names in words.items() if names)
-        lines.append(f"At equal KL, {student[0]}@{student[1]} {said}.")
+        lines.append(f"At equal KL, {which}: {student}@{last[student]} {said}.")
     return lines
 
 

@@ -355,7 +355,8 @@ class Run:
         asked = {"config": dataclasses.asdict(config), "inputs": inputs}
         if ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if (file := self.folder / "run.json").is_file():
+            begun = list(self.folder.glob("state/step_*"))  # a run that saved nothing binds nobody
+            if (file := self.folder / "run.json").is_file() and begun:
                 self._compare(json.loads(file.read_text()), asked, may_change)
             write_text(file, json.dumps({**asked, "environment": environment(ranks)}, indent=2))
             write_text(self.folder / "config.toml", to_toml(config))

@@ -210,6 +210,7 @@ def current_logp(model, micros, ranks, temperature):
         micro = micro.to(ranks.device)
         logp, _ = model.logp(micro.tokens, micro.cu_seqlens, micro.scored, temperature=temperature)
         seen.append((micro.place, logp, micro.row[micro.segment]))
+    model.reshard()  # without a backward pass to do it, gathered weights would outlive a change of the shards
     return tuple(ranks.gather(torch.cat(column)).cpu() for column in zip(*seen, strict=True))
 
 

@@ -1,0 +1,35 @@
+# Two commands: `make demo` and `make test`. Both make the environment they need, and both may be run again.
+PYTHON ?= python3
+SEEDS ?= 1
+OUTPUT ?= runs/demo
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/run.done
+	$(BIN)/python erpd.py --config configs/toy/erpd.toml --set seeds=$(SEEDS) output=$(OUTPUT)
+
+test: .venv/dev.done lint
+	$(BIN)/python -m pytest -q --durations=10
+
+test-slow: .venv/dev.done
+	$(BIN)/python -m pytest -q --runslow --durations=20
+
+lint: .venv/dev.done
+	$(BIN)/ruff check .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/run.done: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/dev.done: requirements-dev.txt .venv/run.done
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,292 @@
+"""kernels.py against float64 autograd over the whole [T, V] logits: values, every gradient, both forms."""
+
+import random
+
+import pytest
+import torch
+
+import kernels
+from kernels import linear_kl, linear_logp
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Fresh inputs every run; the seed of a failure is in its captured output."""
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(params=["plain", "triton"])
+def form(request, monkeypatch):
+    """Each test that asks for it runs on the plain form and on Triton (in its interpreter where there is no GPU)."""
+    if request.param == "triton" and kernels.triton is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setattr(kernels, "_use_triton", lambda tensor: request.param == "triton")
+    return request.param
+
+
+def inputs(T, V, H=8, size=1.0, dtype=torch.float32):
+    """Random hidden [T, H] and head [V, H] whose largest logit is about `size`, and targets [T]."""
+    hidden, head = torch.randn(T, H, device=DEVICE), torch.randn(V, H, device=DEVICE)
+    if T:
+        hidden *= size / (hidden @ head.T).abs().max()
+    return hidden.to(dtype), head.to(dtype), torch.randint(V, (T,), device=DEVICE)
+
+
+def weights(T):
+    """Arbitrary upstream gradients, of logp and of the entropy."""
+    return torch.randn(T, device=DEVICE), torch.randn(T, device=DEVICE)
+
+
+def run(hidden, head, targets, g, h, **options):
+    """logp, entropy, d hidden, d head of sum(g logp + h entropy), as linear_logp gives them."""
+    hidden, head = (x.detach().clone().requires_grad_() for x in (hidden, head))
+    logp, entropy = linear_logp(hidden, head, targets, **options)
+    torch.autograd.backward((logp, entropy), (g, h))
+    return logp.detach(), entropy.detach(), hidden.grad, head.grad
+
+
+def reference(hidden, head, targets, g, h, temperature=1.0):
+    """The same four in float64, from the definition."""
+    hidden, head = (x.detach().double().requires_grad_() for x in (hidden, head))
+    log_p = (hidden @ head.T / temperature).log_softmax(1)  # [T, V]
+    logp = log_p.gather(1, targets.long()[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(1)
+    torch.autograd.backward((logp, entropy), (g.double(), h.double()))
+    return logp.detach(), entropy.detach(), hidden.grad, head.grad
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Element by element, relative to the largest value there is."""
+    for name, x, y in zip(("logp", "entropy", "d hidden", "d head"), got, want, strict=False):
+        assert x.shape == y.shape, f"{name}: {tuple(x.shape)} for {tuple(y.shape)}"
+        if y.numel():
+            error, scale = (x.double() - y.double()).abs().max().item(), max(1.0, y.abs().max().item())
+            assert error <= tolerance * scale, f"{name}: off by {error:.2e}, where the largest value is {scale:.2e}"
+
+
+# ---------------------------------------------------------------- linear_logp
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("T, V, columns", [
+    (0, 33, None), (1, 1, None), (1, 33, 4), (7, 1, None), (7, 33, 5), (7, 33, 33), (7, 1000, 300), (130, 33, 20),
+    (130, 1000, 999), (2, 5000, None)])
+def test_matches_float64(form, monkeypatch, T, V, columns, temperature):
+    """The online softmax, its backward, or a slice that does not divide V (V = 5000: several blocks a row) is wrong."""
+    if columns:
+        monkeypatch.setattr(kernels, "SLICE_ELEMENTS", T * columns)
+    case = (*inputs(T, V, size=5.0), *weights(T))
+    assert_close(run(*case, temperature=temperature), reference(*case, temperature))
+
+
+@pytest.mark.parametrize("columns", [4, 33])
+def test_saturated(form, monkeypatch, columns):
+    """|logits| up to 100, p of 0 and 1 and the largest logit in any slice: exp overflows or a gradient is nan."""
+    monkeypatch.setattr(kernels, "SLICE_ELEMENTS", 20 * columns)
+    case = (*inputs(20, 33, size=100.0), *weights(20))
+    got = run(*case)
+    assert all(x.isfinite().all() for x in got)
+    assert_close(got, reference(*case), 2e-4)  # float32 logits of 100 are known to 1e-5, their weights p to as much
+
+
+@pytest.mark.parametrize("columns", [1, 2, 6])
+def test_minus_infinity(form, monkeypatch, columns):
+    """Logits of -inf (a slice full of them, the first one too) must drop out of both sums, not turn them into nan."""
+    monkeypatch.setattr(kernels, "SLICE_ELEMENTS", 5 * columns)
+    hidden, head = torch.rand(5, 3, device=DEVICE) + 0.1, torch.randn(6, 3, device=DEVICE)
+    head[[0, 1, 4]] = float("-inf")
+    targets = torch.tensor([2, 3, 5, 2, 0], device=DEVICE)  # the last is impossible
+    logp, entropy = linear_logp(hidden, head, targets)
+    assert logp[-1] == float("-inf")
+    log_p = (hidden @ head[[2, 3, 5]].T).double().log_softmax(1)
+    column = torch.tensor([0, 1, 2, 0], device=DEVICE)[:, None]
+    assert_close((logp[:4], entropy), (log_p[:4].gather(1, column)[:, 0], -(log_p.exp() * log_p).sum(1)))
+
+
+def test_bfloat16(form, monkeypatch):
+    """16-bit inputs: values stay float32-exact, gradients come back in bfloat16 with its rounding and no more."""
+    monkeypatch.setattr(kernels, "SLICE_ELEMENTS", 30 * 64)
+    case = (*inputs(30, 200, size=5.0, dtype=torch.bfloat16), *weights(30))
+    got, want = run(*case), reference(*case)
+    assert [x.dtype for x in got] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+    assert_close(got[:2], want[:2])
+    assert_close(got, want, 1e-2)
+
+
+def test_without_entropy(form):
+    """entropy=False must change nothing about logp and its gradients."""
+    hidden, head, targets = inputs(7, 33)
+    g, _ = weights(7)
+    want = run(hidden, head, targets, g, torch.zeros_like(g))
+    a, b = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    logp, entropy = linear_logp(a, b, targets, entropy=False)
+    logp.backward(g)
+    assert entropy is None
+    assert torch.equal(logp, want[0]) and torch.equal(a.grad, want[2]) and torch.equal(b.grad, want[3])
+
+
+def test_expanded_upstream(form):
+    """sum() and mean() hand the backward a gradient of stride 0, which a kernel must not walk as laid out."""
+    hidden, head, targets = inputs(7, 33)
+    a, b = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    logp, entropy = linear_logp(a, b, targets)
+    (logp.sum() + entropy.mean()).backward()
+    one = torch.ones(7, device=DEVICE)
+    assert_close((logp.detach(), entropy.detach(), a.grad, b.grad), reference(hidden, head, targets, one, one / 7))
+
+
+def test_entropy_alone(form):
+    """A loss of the entropy only, with an unused logp: its missing upstream gradient is 0."""
+    hidden, head, targets = inputs(7, 33, size=4.0)
+    a, b = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    _, entropy = linear_logp(a, b, targets)
+    entropy.sum().backward()
+    want = reference(hidden, head, targets, torch.zeros(7, device=DEVICE), torch.ones(7, device=DEVICE))
+    assert_close((a.grad, b.grad), want[2:])
+
+
+def test_one_of_two_gradients(form):
+    """A frozen head (or frozen body) must leave the other's gradient as it was, and get none itself."""
+    hidden, head, targets = inputs(7, 33)
+    g, h = weights(7)
+    want = run(hidden, head, targets, g, h)
+    for which in (0, 1):
+        pair = [hidden.clone(), head.clone()]
+        pair[which].requires_grad_()
+        torch.autograd.backward(linear_logp(*pair, targets), (g, h))
+        assert torch.equal(pair[which].grad, want[2 + which]) and pair[1 - which].grad is None
+
+
+def test_inputs_unmodified(form):
+    """The backward works in place: on the slice alone, never on what it was given; so it can also run twice."""
+    hidden, head, targets = inputs(7, 33)
+    g, h = weights(7)
+    given = (hidden, head, targets, g, h)
+    clones = [x.clone() for x in given]
+    hidden.requires_grad_(), head.requires_grad_()
+    out = linear_logp(hidden, head, targets)
+    first = torch.autograd.grad(out, (hidden, head), (g, h), retain_graph=True)
+    again = torch.autograd.grad(out, (hidden, head), (g, h))
+    assert all(torch.equal(x.detach(), y) for x, y in zip(given, clones, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_layout_and_integer_type(form):
+    """A transposed head, a strided hidden, int32 targets: the answer depends on values, not on layout."""
+    hidden, head, targets = inputs(7, 33)
+    want = linear_logp(hidden, head, targets)
+    wide = torch.stack((hidden, hidden), 2)[..., 0]
+    got = linear_logp(wide, head.T.contiguous().T, targets.int())
+    assert_close(got, want, 1e-6)
+
+
+def test_logits_never_whole(form, monkeypatch):
+    """No product may hold more than SLICE_ELEMENTS logits, in either direction: the point of the file."""
+    T, V, held = 16, 1000, []
+    product = kernels._product
+    monkeypatch.setattr(kernels, "SLICE_ELEMENTS", T * 100)
+    monkeypatch.setattr(kernels, "_product", lambda a, b: held.append(len(a) * b.shape[1]) or product(a, b))
+    run(*inputs(T, V), *weights(T))
+    assert max(held) == T * 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits(dtype):
+    """The sampler's few rows: float32 whatever the weights are."""
+    hidden, head, _ = inputs(3, 33, size=5.0, dtype=dtype)
+    x = kernels.logits(hidden, head)
+    assert x.dtype == torch.float32
+    assert_close((x,), (hidden.double() @ head.double().T,))
+
+
+def test_wrong_shapes():
+    """Each misfit is refused with the shapes in the message, before anything broadcasts."""
+    hidden, head, targets = inputs(7, 33)
+    with pytest.raises(ValueError, match=r"\(7, 8\).*\(33, 7\)"):
+        linear_logp(hidden, head[:, :7], targets)
+    with pytest.raises(ValueError, match=r"\(1, 7, 8\)"):
+        linear_logp(hidden[None], head, targets)
+    with pytest.raises(ValueError, match=r"\[7\].*\[6\]"):
+        linear_logp(hidden, head, targets[:6])
+    with pytest.raises(ValueError, match=r"\[7\].*\[7, 1\]"):
+        linear_logp(hidden, head, targets[:, None])
+    for temperature in (0.0, -1.0):
+        with pytest.raises(ValueError, match="temperature"):
+            linear_logp(hidden, head, targets, temperature=temperature)
+
+
+# ---------------------------------------------------------------- linear_kl
+
+
+def pair(T, V):
+    """Two policies of different width: hidden and head of p, hidden and head of q."""
+    (hidden_p, head_p, _), (hidden_q, head_q, _) = inputs(T, V, H=8, size=5.0), inputs(T, V, H=5, size=5.0)
+    return hidden_p, head_p, hidden_q, head_q
+
+
+def kl_run(function, tensors, g):
+    """The KL and its four gradients."""
+    tensors = [x.detach().clone().requires_grad_() for x in tensors]
+    kl = function(*tensors)
+    kl.backward(g.to(kl.dtype))
+    return kl.detach(), *(x.grad for x in tensors)
+
+
+def kl_reference(temperature):
+    def function(hidden_p, head_p, hidden_q, head_q):
+        log_p = (hidden_p @ head_p.T / temperature).log_softmax(1)
+        log_q = (hidden_q @ head_q.T / temperature).log_softmax(1)
+        return (log_p.exp() * (log_p - log_q)).sum(1)
+    return function
+
+
+@pytest.mark.parametrize("T, V, rows", [(1, 1, 1), (7, 33, 2), (7, 33, 7), (130, 100, 60)])
+def test_kl_matches_float64(monkeypatch, T, V, rows):
+    """KL(p || q), its direction, its gradient in all four inputs, and chunks that do not divide T."""
+    monkeypatch.setattr(kernels, "SLICE_ELEMENTS", rows * V)
+    tensors, (g, _) = pair(T, V), weights(T)
+    got = kl_run(lambda *x: linear_kl(*x, temperature=0.7), tensors, g)
+    want = kl_run(kl_reference(0.7), [x.double() for x in tensors], g)
+    for x, y in zip(got, want, strict=True):
+        assert_close((x,), (y,), 2e-5)
+    assert (got[0] > -1e-6).all() and got[0].dtype == torch.float32
+
+
+def test_kl_chunked_is_whole(monkeypatch):
+    """The answer must not depend on how many tokens fit at once."""
+    tensors, (g, _) = pair(13, 33), weights(13)
+    whole = kl_run(linear_kl, tensors, g)
+    for rows in (1, 4, 13):
+        monkeypatch.setattr(kernels, "SLICE_ELEMENTS", rows * 33)
+        for x, y in zip(kl_run(linear_kl, tensors, g), whole, strict=True):
+            assert_close((x,), (y,), 2e-6)
+
+
+def test_kl_of_equals_is_zero():
+    """p == q: exactly no divergence, and no gradient."""
+    hidden, head, _ = inputs(7, 33, size=30.0)
+    kl, *grads = kl_run(linear_kl, (hidden, head, hidden, head), torch.ones(7, device=DEVICE))
+    assert torch.equal(kl, torch.zeros_like(kl))
+    assert all(x.abs().max() < 1e-5 for x in grads)
+
+
+def test_kl_of_no_tokens():
+    """An empty micro-batch gives an empty result that still takes part in the backward pass."""
+    tensors = [x.requires_grad_() for x in pair(0, 33)]
+    kl = linear_kl(*tensors)
+    assert kl.shape == (0,) and kl.dtype == torch.float32
+    kl.sum().backward()
+    assert torch.equal(tensors[1].grad, torch.zeros_like(tensors[1]))
+
+
+def test_kl_wrong_shapes():
+    """Policies over different tokens or vocabularies are refused with the shapes in the message."""
+    hidden_p, head_p, hidden_q, head_q = pair(7, 33)
+    with pytest.raises(ValueError, match=r"\(7, 8\).*\(6, 5\)"):
+        linear_kl(hidden_p, head_p, hidden_q[:6], head_q)
+    with pytest.raises(ValueError, match=r"\(33, 8\).*\(32, 5\)"):
+        linear_kl(hidden_p, head_p, hidden_q, head_q[:32])
