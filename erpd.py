@@ -170,9 +170,8 @@ def run_seed(cfg, driver, seed):
                 f"policy={policy}", batch, f"output={folder}/{run.name}", f"signal.0.numerator={pair[0]}",
                 f"signal.0.denominator={pair[1]}", f"train.seed={seed}", *run.set])
 
-        evaluated += [{"name": run.name, "path": f"{folder}/{run.name}", "role": role, "round": k}
-                      for runs, role in ((cfg.stage1, None), (cfg.stage2, "student")) for run in runs
-                      for role in [role or run.role]]
+        runs = [(run, run.role) for run in cfg.stage1] + [(run, "student") for run in cfg.stage2]
+        evaluated += [{"name": run.name, "path": f"{folder}/{run.name}", "role": role, "round": k} for run, role in runs]
         report = evaluate(driver, "evaluate", template, folder / "evaluation", first, test, seed, evaluated)
         if k < cfg.rounds:
             policy = chosen.get(cfg.next) or last_checkpoint(folder / cfg.next)

@@ -215,7 +215,7 @@ def divergence(model, path, cfg, ranks, sequences):
 
 
 def summarise(cells, cfg, success):
-    """Per-prompt numbers of one policy -> a report row. success: the base's per prompt, or None (the base itself, estimating)."""
+    """Per-prompt numbers of one policy -> a report row. success: the base's probability of success, per prompt."""
     row = {"sampling": {}}
     for s in cfg.sampling:
         part = cells[s.name]
@@ -232,9 +232,10 @@ def summarise(cells, cfg, success):
     row["kl"], row["kl_se"] = ratio_and_error([c["kl"] for c in d], [c["tokens"] for c in d])
     row["kl_sequence"] = sum(c["kl"] for c in d) / sum(c["sequences"] for c in d)
     row["entropy"] = sum(c["entropy"] for c in d) / sum(c["tokens"] for c in d)
-    floor = least_kl(success, row["accuracy"]) if success else 0.0
-    row["least_kl_sequence"] = floor
-    row["kl_efficiency"] = floor / row["kl_sequence"] if row["kl_sequence"] > 0 and math.isfinite(floor) else None
+    row["least_kl_sequence"] = least_kl(success, row["accuracy"])
+    # a gain within the noise of the accuracy says nothing of what it cost
+    clear = row["accuracy"] - sum(success) / len(success) > 2 * row["accuracy_se"] and math.isfinite(row["least_kl_sequence"])
+    row["kl_efficiency"] = row["least_kl_sequence"] / row["kl_sequence"] if clear and row["kl_sequence"] > 0 else None
     return row
 
 
@@ -371,7 +372,7 @@ def plot(rows, success, path, column, notes=()):
             levels = [mean + (0.995 - mean) * i / 60 for i in range(1, 61)]
             bound = [(least_kl(success, a) / base["length"], a) for a in levels]
             panel.plot([x for x, _ in bound if x < 2 * max(spent)], [y for x, y in bound if x < 2 * max(spent)], "k--",
-                       linewidth=1, label="least KL for any policy")
+                       linewidth=1, label="least KL of any policy")
         panel.axhline(base["sampling"][which]["accuracy"], color="grey", linewidth=0.8, label="base")
         for name in dict.fromkeys(row["policy"] for row in rows if row["role"] != "base"):
             line = [row for row in rows if row["policy"] == name]
@@ -381,7 +382,7 @@ def plot(rows, success, path, column, notes=()):
         panel.set(xscale="log", xlim=(min(spent) / 1.5, 1.5 * max(spent)), xlabel="KL(policy || base) per token, nats",
                   ylabel="accuracy", title=which)
         panel.grid(alpha=0.3)
-    panels[1].legend(fontsize=8, loc="lower right")
+    panels[0].legend(fontsize=8, loc="upper left")
     if notes:
         figure.text(0.01, 0.005, "\n".join(notes), fontsize=6.5, va="bottom")
     figure.tight_layout(rect=(0, 0.028 * len(notes), 1, 1))
