@@ -19,8 +19,8 @@ a reward for a model that can box: it rewards truncated outputs that happen to e
 
 `equal` goes from cheap to dear and stops at the first stage that decides:
   1. text         equal after removing spacing, $…$, \left, \text and the like;
-  2. structure    lists and sets are unordered, tuples, intervals and matrices ordered, unions of
-                  intervals unordered. Types count: (1,2) is neither [1,2] nor \{1,2\};
+  2. structure    bare lists (1, 2), sets and unions are unordered; tuples, intervals and matrices
+                  are ordered. Types count: (1,2) is neither [1,2] nor \{1,2\};
   3. labels       `x=3` is 3, a one-sided unit is dropped (5 cm is 5, but 5 cm against 5 m is
                   undecided); p% is p/100 and also, its sign taken as a unit, p;
   4. numbers      rationals, decimals, mixed numbers and 52_8 compare exactly, as Fractions;
@@ -33,11 +33,11 @@ so is one that depends on the base of an unadorned \log.
 Safe on hostile text: it is read by the small parser below and never reaches eval, sympify or
 parse_expr. Size is bounded before arithmetic starts (characters, nesting, bits, magnitude, work),
 so there is no timeout and no signal, and it works in threads. The arithmetic is mpmath, the
-numerical engine that sympy depends on: bottom-up evaluation lets us check each step, which
-sympy's own automatic evaluation and simplify do not.
+numerical engine sympy depends on: our own bottom-up evaluation can check and bound each step,
+which the automatic evaluation of sympy objects and simplify cannot.
 
-Left out, deliberately: rounding tolerance, unit conversion, rewriting of inequalities, sums,
-integrals and quantified prose ("all odd n"): these are undecided unless the texts agree.
+Left out, deliberately: rounding tolerance. Left out, for now: unit conversion, inequalities,
+ratios, binomials, sums, integrals, and prose ("all odd n"): undecided unless the texts agree.
 """
 import math
 import os
@@ -140,8 +140,9 @@ _GREEK = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta varthet
 _COMMANDS = {
     "left": "", "right": "", "big": "", "Big": "", "bigl": "", "bigr": "", "Bigl": "", "Bigr": "",
     "displaystyle": "", "quad": " ", "qquad": " ", "dfrac": r"\frac", "tfrac": r"\frac",
-    "cfrac": r"\frac", "cdot": "*", "times": "*", "div": "/", "pm": "±", "mp": "∓", "infty": "∞", "cup": "∪", "in": "∈", "circ": "°",
-    "degree": "°", "lbrace": "⦃", "rbrace": "⦄", "lvert": "|", "rvert": "|", "vert": "|",
+    "cfrac": r"\frac", "cdot": "*", "times": "*", "div": "/", "pm": "±", "mp": "∓",
+    "infty": "∞", "cup": "∪", "in": "∈", "circ": "°", "degree": "°", "lbrace": "⦃",
+    "rbrace": "⦄", "lvert": "|", "rvert": "|", "vert": "|",
 }
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "π": r"\pi ", "√": r"\sqrt ",
@@ -151,6 +152,8 @@ _SHORT_UNITS = set("""cm mm km kg mg ml mL lb lbs oz ft in yd mi min sec hr hrs 
     sq""".split())
 _NOT_UNITS = set("""hundred thousand million billion trillion dozen or and not if more less least
     most base times mod where for than""".split())
+_SPELLED = re.compile("zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twel|thir|fif|"
+                      "twen|hundred|thousand|million|half|quarter|dozen|infinit|undefined")
 _SHORT_WORDS = {"yes", "no", "odd", "all"}
 _FUNCTION_LETTERS = set("f g h F G phi varphi sigma tau Gamma zeta".split())
 
@@ -258,24 +261,28 @@ def _compare(a: str, b: str, work: list[int]) -> bool:
     if kind_a == kind_b == "":
         return _compare_values(a, b, work)
     if kind_a != kind_b and {kind_a, kind_b} != {"list", "⦃⦄"}:
-        return _compare_kinds(kind_a, xs, kind_b, ys, work)
+        return _compare_kinds("" in (kind_a, kind_b) or "list" in (kind_a, kind_b), xs, ys, work)
     if kind_a not in ("list", "⦃⦄", "union"):
-        return len(xs) == len(ys) and all(_compare(x, y, work) for x, y in zip(xs, ys, strict=True))
-    if kind_a == kind_b == "list" and len(xs) != len(ys):
-        return False
+        return len(xs) == len(ys) and all(map(_compare, xs, ys, [work] * len(xs)))
     labels_a, labels_b = ({_unlabel(x)[0] for x in items} for items in (xs, ys))
     if labels_a != labels_b and max(len(labels_a), len(labels_b)) > 1:
         raise Undecided("x=1, y=2 against 2, 1: unordered would lose the names")
+    if kind_a == kind_b == "list":  # unordered, but 1, 1, 2 is not 1, 2, 2
+        for x in xs:
+            at = next((at for at, y in enumerate(ys) if _compare(x, y, work)), None)
+            if at is None:
+                return False
+            ys = ys[:at] + ys[at + 1:]
+        return not ys
     return (all(any(_compare(x, y, work) for y in ys) for x in xs)
             and all(any(_compare(x, y, work) for x in xs) for y in ys))
 
 
-def _compare_kinds(kind_a: str, xs: list[str], kind_b: str, ys: list[str], work: list[int]) -> bool:
+def _compare_kinds(loose: bool, xs: list[str], ys: list[str], work: list[int]) -> bool:
     for item in xs + ys:  # two types differ only if both could be read
         if _split(item)[0] == "":
             _read(_unlabel(item)[1])
-    loose = {kind_a, kind_b} & {"", "list"}
-    if loose and len(xs) == len(ys) and all(_compare(x, y, work) for x, y in zip(xs, ys, strict=True)):
+    if loose and len(xs) == len(ys) and all(map(_compare, xs, ys, [work] * len(xs))):
         raise Undecided("1, 2 against (1, 2), 3 against {3}: same values, type not stated")
     return False
 
@@ -321,10 +328,11 @@ def _read(s: str):
     elif tokens[-1:] == ["°"] and not set(tokens) & _FUNCTIONS:
         unit, tokens = "degree", [t for t in tokens if t != "°"]
     runs = [t.isalpha() and t not in _NAMES for t in tokens]
-    if any(r and q and len(t + u) > 2 for r, q, t, u in zip(runs, runs[1:], tokens, tokens[1:], strict=False)):
+    neighbours = zip(runs, runs[1:], tokens, tokens[1:], strict=False)
+    if any(run and next_run and len(t + u) > 2 for run, next_run, t, u in neighbours):
         raise Undecided("words, or a product of letters?")
-    letters = [c for t, run in zip(tokens, runs, strict=True) for c in (t if run and len(t) < 4 else [t])]
-    reader = _Reader(letters)
+    reader = _Reader([letter for t, run in zip(tokens, runs, strict=True)
+                      for letter in (t if run and len(t) < 4 else [t])])
     node = reader.expression()
     if reader.peek():
         raise Undecided(f"unexpected {reader.peek()}")
@@ -392,9 +400,9 @@ class _Reader:
 
     def exponent(self):
         """Unlike TeX, 2^10 is 2^{10} and 2^-1 is 2^{-1}: what the writer must have meant."""
-        if self.peek() in ("+", "-"):
-            return _minus(self.exponent()) if self.take() == "-" else self.exponent()
-        return Fraction(self.take()) if _is_number(self.peek()) else self.atom()
+        sign = self.take() if self.peek() in ("+", "-") else ""
+        node = Fraction(self.take()) if _is_number(self.peek()) else self.atom()
+        return _minus(node) if sign == "-" else node
 
     def argument(self):
         """A TeX argument: a group or one token, so that \\frac12 is a half."""
@@ -442,7 +450,8 @@ class _Reader:
         if token.isdigit() and self.peek() == "frac":
             part = self.atom()
         elif token.isdigit() and _is_number(self.peek()) and self.tokens[self.at + 1:][:1] == ["/"]:
-            part = (_product, Fraction(self.take()), _inverse(Fraction(self.take("/") and self.take())))
+            top = Fraction(self.take())
+            part = (_product, top, _inverse(Fraction(self.take("/") and self.take())))
         else:
             return whole
         top, (_, bottom, _) = part[1:]
@@ -453,8 +462,8 @@ class _Reader:
         return (_sum, whole, part)  # 1\frac12
 
     def name(self, token: str):
-        known = len(token) == 1 and token.isascii() and token.isalpha() or token[1:] in _GREEK
-        if not (known or token in ("pi", "∞")):
+        letter = len(token) == 1 and token.isascii() and token.isalpha()
+        if not (letter or token in ("pi", "∞") or token[0] == "\\" and token[1:] in _GREEK):
             raise Undecided(f"unknown {token}")
         if self.peek() == "_":
             token += "_" + self.subscript()
@@ -520,7 +529,8 @@ _MP = mpmath.mp.clone()
 _MP.dps = 150
 _ZERO, _SMALL = _MP.mpf(10) ** -100, _MP.mpf(10) ** -40  # below: zero; between: digits were lost
 _LOCK = threading.Lock()  # mpmath switches precision and caches constants without one
-os.register_at_fork(after_in_child=lambda: globals().update(_LOCK=threading.Lock()))
+if hasattr(os, "register_at_fork"):  # a child forked while another thread held the lock
+    os.register_at_fork(after_in_child=lambda: globals().update(_LOCK=threading.Lock()))
 
 
 def _bits(x: Fraction) -> int:
@@ -629,9 +639,9 @@ def _analytic(f, bound: float):
 
 
 _ANALYTIC = {  # \ln 0 is -inf, which _nonzero refuses
-    "sin": _analytic(_MP.sin, 1e5), "cos": _analytic(_MP.cos, 1e5), "ln": _analytic(_MP.log, math.inf),
-    "arcsin": _analytic(_MP.asin, 1e5), "arccos": _analytic(_MP.acos, 1e5),
-    "arctan": _analytic(_MP.atan, 1e5),
+    "sin": _analytic(_MP.sin, 1e5), "arcsin": _analytic(_MP.asin, 1e5),
+    "cos": _analytic(_MP.cos, 1e5), "arccos": _analytic(_MP.acos, 1e5),
+    "ln": _analytic(_MP.log, math.inf), "arctan": _analytic(_MP.atan, 1e5),
 }
 _QUOTIENTS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": ("", "cos"), "csc": ("", "sin")}
 _CONSTANTS = {"pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
@@ -661,10 +671,14 @@ def _compare_values(a: str, b: str, work: list[int]) -> bool:
     if "=" in a or "=" in b:
         return _compare_equations(a, b, work)
     (u, unit_a), (v, unit_b) = _read(a), _read(b)
+    if u is None and v is None:
+        if unit_a != unit_b and " " in unit_a + unit_b:
+            raise Undecided("two phrases may mean the same")
+        return unit_a == unit_b
     if u is None or v is None:
-        if u is not v and _names(u) | _names(v):
-            raise Undecided("a word against letters that might spell something")
-        return u is v and unit_a == unit_b
+        if _names(u) | _names(v) or _SPELLED.search(unit_a if u is None else unit_b):
+            raise Undecided("words against letters, or against a number they may spell")
+        return False
     if unit_a and unit_b and unit_a != unit_b:
         raise Undecided("units are not converted")
     if ("_" in a) != ("_" in b) and a.partition("_")[0] == b.partition("_")[0]:
@@ -725,7 +739,7 @@ def _same(u, v, a: str, b: str, work: list[int]) -> bool:
 
 
 def _compare_equations(a: str, b: str, work: list[int]) -> bool:
-    """Same if proportional as left minus right; different if a solution of one fails the other."""
+    """Same if proportional as left minus right; different if a solution is not shared."""
     if a.count("=") != 1 or b.count("=") != 1:
         raise Undecided("an equation against a value, or a chain of equations")
     sides = [_read(side)[0] for side in a.split("=") + b.split("=")]
@@ -766,7 +780,7 @@ def equal(answer: str, gold: str) -> bool | None:
         if max(len(a), len(b)) > MAX_CHARS:
             return None
         return _compare(_thousands(a), _thousands(b), [MAX_WORK])
-    except Exception:  # Undecided, or a hole in this file: an error must never become a wrong 0 or 1
+    except Exception:  # Undecided, or a hole in this file: an error must never become a 0 or a 1
         return None
 
 
@@ -782,7 +796,7 @@ def grade(response: str, gold: str, *, lenient: bool = False) -> float | None:
 
 
 def grade_many(responses, golds, *, lenient: bool = False) -> list[float | None]:
-    """`grade` for each pair, in order. Samples of one problem repeat their answers: compared once."""
+    """`grade` for each pair, in order. Samples of one problem repeat answers: compared once."""
     verdicts: dict[tuple[str, str], bool | None] = {}
     grades = []
     for response, gold in zip(responses, golds, strict=True):

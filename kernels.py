@@ -206,8 +206,8 @@ def linear_kl(hidden_p, head_p, hidden_q, head_q, *, temperature=1.0):
                          f"{tuple(hidden_q.shape)}, head {tuple(head_p.shape)} and {tuple(head_q.shape)}")
     step = max(1, SLICE_ELEMENTS // len(head_p))
     chunks = [checkpoint(_kl, hidden_p[i:i + step], head_p, hidden_q[i:i + step], head_q, temperature,
-                         use_reentrant=False) for i in range(0, len(hidden_p), step)]
-    return torch.cat(chunks) if chunks else hidden_p.new_zeros(0, dtype=torch.float32)
+                         use_reentrant=False) for i in range(0, max(len(hidden_p), 1), step)]
+    return torch.cat(chunks)
 
 
 def _kl(hidden_p, head_p, hidden_q, head_q, temperature):

@@ -108,15 +108,17 @@ def group_advantage(reward, prompt, *, normalize=True):
     A group of one, or of equal rewards, gives 0.
     """
     _, group = torch.unique(prompt, return_inverse=True)
-    zeros = reward.new_zeros(int(group.max()) + 1 if len(group) else 0)
+    groups = int(group.max()) + 1 if len(group) else 0
+    zeros = reward.new_zeros(groups)
+    # counted from the group's smallest reward, so that equal rewards cancel exactly in float32
+    least = zeros.scatter_reduce(0, group, reward, "amin", include_self=False)
+    above = reward - least[group]
     count = zeros.index_add(0, group, torch.ones_like(reward))
-    centred = reward - (zeros.index_add(0, group, reward) / count)[group]
+    centred = above - (zeros.index_add(0, group, above) / count)[group]
     if not normalize:
-        return torch.where(count[group] > 1, centred, 0.0)
-    variance = zeros.index_add(0, group, centred ** 2) / (count - 1).clamp(min=1)
-    # equal rewards that float32 cannot average exactly (1/3, say) would otherwise leave noise / 1e-6
-    varied = (variance.sqrt() > 1e-6)[group]
-    return torch.where(varied, centred / (variance.sqrt() + 1e-6)[group], 0.0)
+        return centred
+    std = (zeros.index_add(0, group, centred ** 2) / (count - 1).clamp(min=1)).sqrt()
+    return centred / (std + 1e-6)[group]
 
 
 def aggregate(loss, segment, how="token", *, tokens=None, sequences=None, length=None):
@@ -165,7 +167,8 @@ def reverse_kl(logp, old_logp):
 
 def forward_kl(logp, old_logp):
     """Penalty KL(pi_old || pi_theta) on tokens that pi_old sampled: rho - 1 - d, each term >= 0. [T] -> [T]"""
-    return ratio(logp, old_logp) - 1.0 - (logp - old_logp)
+    d = (logp - old_logp).clamp(max=20.0)
+    return d.exp() - 1.0 - d
 
 
 def k1(logp, ref_logp):
@@ -186,8 +189,8 @@ def k3(logp, ref_logp):
 
     On pi_old's tokens it estimates chi^2 - KL instead: a usable penalty, never to be reported as "KL".
     """
-    d = logp - ref_logp
-    return torch.exp((-d).clamp(max=20.0)) - 1.0 + d
+    d = (logp - ref_logp).clamp(min=-20.0)
+    return torch.exp(-d) - 1.0 + d
 
 
 # ---------------------------------------------------------------- stage 2: the teacher's signal

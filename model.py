@@ -27,6 +27,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -173,8 +174,6 @@ class Packing:
         pads, slots, self.groups, offset = [], torch.empty(T, dtype=torch.long, device=cu_seqlens.device), [], 0
         for members in by_size.values():
             length = max(sizes[b] for b in members)
-            if length == 0:
-                continue
             column = torch.arange(length, device=cu_seqlens.device)
             member = torch.tensor(members, device=cu_seqlens.device)
             token = starts[member, None] + torch.minimum(column, lengths[member, None] - 1)  # [count, length]
@@ -183,8 +182,7 @@ class Packing:
             pads.append(token.flatten())
             self.groups.append((len(members), length))
             offset += len(members) * length
-        self.pad = torch.cat(pads) if pads else torch.empty(0, dtype=torch.long, device=cu_seqlens.device)
-        self.unpad = slots
+        self.pad, self.unpad = torch.cat(pads), slots
 
 
 def attention(q, k, v, packing):
@@ -200,7 +198,7 @@ def attention(q, k, v, packing):
         parts = (x[rows].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # [count, heads, length, D]
         o = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         pieces.append(o.transpose(1, 2).flatten(0, 1))  # [count * length, A, D]
-    return torch.cat(pieces).index_select(0, packing.unpad) if pieces else q
+    return torch.cat(pieces).index_select(0, packing.unpad)
 
 
 class Attention(nn.Module):
@@ -395,21 +393,18 @@ def load(path, *, dtype=torch.bfloat16, device="cpu"):
     want = dict(model.named_parameters())
     state, unexpected = {}, []
     for file in weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if name not in want:
-                        unexpected.append(name)
-                        continue
-                    tensor = tensors.get_tensor(name)
-                    if tensor.shape != want[name].shape:
-                        raise ValueError(f"{file}: tensor {name} has shape {list(tensor.shape)}, "
-                                         f"config.json asks for {list(want[name].shape)}")
-                    state[name] = tensor.to(device=device, dtype=dtype)
-                    if not torch.isfinite(state[name]).all():
-                        raise ValueError(f"{file}: tensor {name} holds values that are not finite")
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
+        with _open(file) as tensors:
+            for name in tensors.keys():
+                if name not in want:
+                    unexpected.append(name)
+                    continue
+                tensor = tensors.get_tensor(name)
+                if tensor.shape != want[name].shape:
+                    raise ValueError(f"{file}: tensor {name} has shape {list(tensor.shape)}, "
+                                     f"config.json asks for {list(want[name].shape)}")
+                state[name] = tensor.to(device=device, dtype=dtype)
+                if not torch.isfinite(state[name]).all():
+                    raise ValueError(f"{file}: tensor {name} holds values that are not finite")
     if missing := [name for name in want if name not in state]:
         raise ValueError(f"{path}: {len(missing)} tensors are missing, the first {missing[0]}")
     # a tied checkpoint may still carry its head; old ones carry rope buffers: neither is a weight of its own
@@ -454,7 +449,10 @@ def weight_files(path):
     path = Path(path)
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: not an index of weight files ({error!r})") from None
     else:
         files = [path / "model.safetensors"]
     for file in files:
@@ -465,18 +463,33 @@ def weight_files(path):
 
 def stored_dtype(path):
     """The dtype that a checkpoint folder's weights are stored in."""
-    with safe_open(weight_files(path)[0], framework="pt") as tensors:
+    with _open(weight_files(path)[0]) as tensors:
         name = next(iter(tensors.keys()))
         return tensors.get_slice(name)[:0].dtype
 
 
 def fingerprint(path):
-    """Sixteen hex digits of what a checkpoint folder computes: its weights' bytes and config.json."""
+    """Sixteen hex digits of what a checkpoint folder computes: its shape and its weights, however they are sharded."""
     digest = hashlib.sha256(json.dumps(vars(read_config(path)), sort_keys=True).encode())
+    place = {}
     for file in weight_files(path):
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        with _open(file) as tensors:
+            place |= dict.fromkeys(tensors.keys(), file)
+    for name in sorted(place):
+        with _open(place[name]) as tensors:
+            tensor = tensors.get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _open(file):
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
 
 
 # ---------------------------------------------------------------- text in, text out
@@ -537,6 +550,6 @@ class Tokenizer:
                     for key, value in self.settings.items() if key.endswith("_token") and value is not None}
         try:
             return environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=True, **specials, **variables)
-        except TemplateError as error:
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **specials, **variables)
+        except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refused the conversation: {error}") from None

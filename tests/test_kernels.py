@@ -13,10 +13,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Fresh inputs every run; the seed of a failure is in its captured output."""
-    seed = random.SystemRandom().randrange(2**31)
+    """Fresh inputs every run; the seed of a failure is in its captured output. One thread: tiny shapes."""
+    seed, threads = random.SystemRandom().randrange(2**31), torch.get_num_threads()
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["plain", "triton"])

@@ -18,10 +18,13 @@ EXTREME = [-math.inf, -1e4, -30.0, -20.0, 0.0, 20.0, 30.0, 1e4]  # log-ratios
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Fresh inputs every run; the seed of a failure is in its captured output."""
-    seed = random.SystemRandom().randrange(2**31)
+    """Fresh inputs every run; the seed of a failure is in its captured output. One thread: tiny shapes."""
+    seed, threads = random.SystemRandom().randrange(2**31), torch.get_num_threads()
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def f64(*values):

@@ -22,10 +22,13 @@ LENGTHS = [5, 1, 17, 40, 3]  # of the packed sequences: unequal, one of a single
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Fresh weights and tokens every run; the seed of a failure is in its captured output."""
-    seed = random.SystemRandom().randrange(2**31)
+    """Fresh weights and tokens every run; the seed of a failure is in its captured output. One thread: tiny shapes."""
+    seed, threads = random.SystemRandom().randrange(2**31), torch.get_num_threads()
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------- checkpoint folders written by hand

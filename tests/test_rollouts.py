@@ -1,4 +1,4 @@
-"""rollouts.py: the batch on disk and back, malformed files, prompts, packing, columns, import and show."""
+"""rollouts.py: the batch on disk and back, malformed files, prompts, packing, columns, import."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def test_round_trip(tmp_path):
 
 
 def test_shards_are_joined_in_order(tmp_path):
-    """Boundaries must be moved by what lies before them, whatever order the files were written in."""
+    """Boundaries must be moved by what lies before them, in whatever order files were written."""
     header = {**HEADER, "shards": 3}
     for number in (2, 0, 1):
         write(tmp_path, number, header, prompt=[10 * number, 10 * number, 10 * number + 1])
