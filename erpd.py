@@ -26,6 +26,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import evaluate
 import runtime
 from runtime import key, section
 
@@ -137,7 +138,7 @@ def last_checkpoint(run):
 
 
 def run_seed(cfg, driver, seed):
-    """All rounds of one seed -> (report of the last evaluation with the rows of all rounds, report folder)."""
+    """All rounds of one seed -> report of the last evaluation, with the rows of all rounds."""
     root = Path(cfg.output) / f"seed_{seed}"
     if cfg.task:
         driver.run("task", "toy.py", cfg.task, [f"output={root}/task", f"seed={seed}"])
@@ -159,7 +160,7 @@ def run_seed(cfg, driver, seed):
         teachers = [run for run in cfg.stage1 if run.role == "teacher"]
         if teachers:
             rules = [(run.name, rule) for run in teachers for rule in (run.select, "unlearned")[:2 if run.unlearned else 1]]
-            report = evaluate(driver, "validation", template, folder / "validation", first, validation, seed, [
+            report = score(driver, "validation", template, folder / "validation", first, validation, seed, [
                 {"name": run.name, "path": f"{folder}/{run.name}", "role": "teacher", "round": k} for run in teachers],
                 sampling=template["sampling"][:1], select=[{"run": name, "rule": rule} for name, rule in rules], plot=False)
             selection += [{"round": k, **s} for s in report["selection"]]
@@ -172,13 +173,13 @@ def run_seed(cfg, driver, seed):
 
         runs = [(run, run.role) for run in cfg.stage1] + [(run, "student") for run in cfg.stage2]
         evaluated += [{"name": run.name, "path": f"{folder}/{run.name}", "role": role, "round": k} for run, role in runs]
-        report = evaluate(driver, "evaluate", template, folder / "evaluation", first, test, seed, evaluated)
+        report = score(driver, "evaluate", template, folder / "evaluation", first, test, seed, evaluated)
         if k < cfg.rounds:
             policy = chosen.get(cfg.next) or last_checkpoint(folder / cfg.next)
     return {**report, "selection": selection}
 
 
-def evaluate(driver, phase, template, folder, base, prompts, seed, policies, **more):
+def score(driver, phase, template, folder, base, prompts, seed, policies, **more):
     """Write evaluate.py's config into `folder`, run it, read its report."""
     config = {**template, "base": base, "prompts": prompts, "output": str(folder), "seed": seed, "policy": policies, **more}
     runtime.write_text(folder / "evaluate.toml", runtime.to_toml(config))
@@ -229,7 +230,7 @@ def paired(reports):
         for row in (r for r in report["rows"] if r["role"] == "student"):
             for which, cell in row["sampling"].items():
                 difference = cell["accuracy"] - base["sampling"][which]["accuracy"]
-                found.setdefault((f"{row['policy']}@{row['step']}", "base", which), []).append(difference)
+                found.setdefault((f"{evaluate.label(row)}@{row['step']}", "base", which), []).append(difference)
         for c in report["comparisons"]:
             against = c["against"] + (" at equal KL" if c["reached"] else ", its best (less KL)")
             found.setdefault((f"{c['student']}@{c['step']}", against, c["sampling"]), []).append(c["difference"])
@@ -241,20 +242,18 @@ def paired(reports):
 
 def finish(cfg, reports):
     """report.json, report.md and plot.png of the whole run, from the reports of its seeds."""
-    import evaluate as evaluation
-
     folder, columns = Path(cfg.output), list(reports[0]["rows"][0]["sampling"])
     rows = [average(list(same)) for same in zip(*(r["rows"] for r in reports), strict=True)]
     success = None
     if reports[0]["success"]["kind"] == "exact":  # every seed has its own table of facts
         files = [json.loads(line) for r in reports for line in Path(r["config"]["prompts"]).read_text().splitlines()]
         success = [row["success"] for row in files]
-    text = evaluation.table(rows, columns)
+    text = evaluate.table(rows, columns)
     for seed, report in enumerate(reports):
         text += "".join(f"\nseed {seed}: selected {s['run']}@{s['step']} (rule {s['rule']})." for s in report["selection"])
     text += "\n"
     if len(reports) == 1:
-        notes = evaluation.caption(reports[0]["comparisons"])
+        notes = evaluate.caption(reports[0]["comparisons"])
         text += "".join(f"\n{line}\n" for line in notes)
     else:
         notes = [f"mean of {len(reports)} seeds; paired differences in report.md"]
@@ -268,7 +267,7 @@ def finish(cfg, reports):
         "comparisons": [{**c, "seed": seed} for seed, r in enumerate(reports) for c in r["comparisons"]],
         "seeds": list(range(len(reports))), "config": reports[0]["config"]}, indent=2))
     runtime.write_text(folder / "report.md", text + "\n")
-    evaluation.plot(rows, success, folder / "plot.png", columns[-1], notes)
+    evaluate.plot(rows, success, folder / "plot.png", columns[-1], notes)
     print(f"\n{text}\n\n{folder}/report.md, {folder}/plot.png", flush=True)
 
 

@@ -286,18 +286,24 @@ def at_equal_kl(rows):
     where the run never spent that much KL (its best is compared then). Standard errors add in quadrature.
     """
     base = next(row for row in rows if row["role"] == "base")
-    runs = dict.fromkeys(row["policy"] for row in rows if row["role"] in ("teacher", "control"))
     comparisons = []
     for student in (row for row in rows if row["role"] == "student"):
-        for name, which in ((name, which) for name in runs for which in student["sampling"]):
-            points = envelope([base, *(row for row in rows if row["policy"] == name)], which)
+        rivals = [row for row in rows if row["role"] in ("teacher", "control") and row["round"] == student["round"]]
+        names = dict.fromkeys(row["policy"] for row in rivals)
+        for name, which in ((name, which) for name in names for which in student["sampling"]):
+            points = envelope([base, *(row for row in rivals if row["policy"] == name)], which)
             accuracy, error = interpolate(points, student["kl"])
             mine = student["sampling"][which]
             comparisons.append({
-                "student": student["policy"], "step": student["step"], "sampling": which, "against": name, "kl": student["kl"],
+                "student": label(student), "step": student["step"], "sampling": which, "against": name, "kl": student["kl"],
                 "difference": mine["accuracy"] - accuracy, "se": math.hypot(mine["accuracy_se"], error),
                 "reached": points[-1][0] >= student["kl"]})
     return comparisons
+
+
+def label(row):
+    """A run's name, with its round from the second on."""
+    return row["policy"] + (f" (round {row['round']})" if row["round"] > 1 else "")
 
 
 def envelope(rows, which):
@@ -345,7 +351,7 @@ def table(rows, columns):
             "entropy", "length", "truncated", "training s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        cells = [row["policy"], "" if row["step"] is None else str(row["step"])]
+        cells = [label(row), "" if row["step"] is None else str(row["step"])]
         cells += [f"{row['sampling'][c]['accuracy']:.3f} ± {row['sampling'][c]['accuracy_se']:.3f}" for c in columns]
         cells += [f"{row['pass_at_k'][k]:.3f}" for k in passes]
         cells += [f"{row['kl']:.5f} ± {row['kl_se']:.5f}", f"{row['kl_sequence']:.4f}",
@@ -374,8 +380,8 @@ def plot(rows, success, path, column, notes=()):
             panel.plot([x for x, _ in bound if x < 2 * max(spent)], [y for x, y in bound if x < 2 * max(spent)], "k--",
                        linewidth=1, label="least KL of any policy")
         panel.axhline(base["sampling"][which]["accuracy"], color="grey", linewidth=0.8, label="base")
-        for name in dict.fromkeys(row["policy"] for row in rows if row["role"] != "base"):
-            line = [row for row in rows if row["policy"] == name]
+        for name in dict.fromkeys(label(row) for row in rows if row["role"] != "base"):
+            line = [row for row in rows if label(row) == name]
             panel.errorbar([r["kl"] for r in line], [r["sampling"][which]["accuracy"] for r in line],
                            [r["sampling"][which]["accuracy_se"] for r in line], label=f"{name} ({line[0]['role']})",
                            elinewidth=0.7, **styles[line[0]["role"]])

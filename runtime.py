@@ -322,6 +322,9 @@ def batch_logp(batch, path, ranks, *, temperature, max_tokens):
     checkpoint = fingerprint(path, ranks)
     logp = batch.read_column(checkpoint, temperature)
     if logp is None:
+        if int(batch.tokens.max()) >= (vocab := models.read_config(path).vocab):
+            raise ValueError(f"{batch.folder}: holds token {int(batch.tokens.max())}, the vocabulary of {path} has {vocab}: "
+                             "another tokenizer made this batch")
         model = policy(path, ranks)
         logp = torch.zeros(len(batch.tokens), device=ranks.device)
         shares = list(batch.share(range(len(batch)), max_tokens, ranks.rank, ranks.world))

@@ -82,11 +82,12 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
         room = slots - len(live)
         if queue and (not live or room >= min(len(queue), max(slots // 8, 1))):  # few, large prefills
             new = [queue.popleft() for _ in range(min(room, len(queue)))]
-            unique = sorted({p for p, _ in new})
+            unique = list(dict.fromkeys(p for p, _ in new))
+            place = {p: i for i, p in enumerate(unique)}
             lengths = torch.tensor([len(prompts[p]) for p in unique])
             cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
             packed = torch.tensor([t for p in unique for t in prompts[p]])
-            which = torch.tensor([unique.index(p) for p, _ in new], device=device)
+            which = torch.tensor([place[p] for p, _ in new], device=device)
             slot = torch.arange(len(live), len(live) + len(new), device=device)
             hidden = model.prefill(packed.to(device), cu_seqlens.to(device), cache, which, slot)[which]
             rows = [{"prompt": p, "sample": sample, "seed": _seed(seed, ids[p], sample), "length": len(prompts[p]),

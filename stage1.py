@@ -137,6 +137,9 @@ def main():
     model = runtime.policy(cfg.policy, ranks, recompute=cfg.train.recompute)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
     run.restore(model, optimizer)
+    prompts = len(torch.unique(batch.prompt[kept]))
+    ranks.print(f"steps {run.first + 1} to {cfg.train.steps} of {cfg.train.prompts_per_step} prompts on {ranks.world} rank(s); "
+                f"an epoch of {prompts} prompts is {prompts / cfg.train.prompts_per_step:.1f} steps")
     dtype = models.stored_dtype(cfg.policy)
 
     for step in range(run.first, cfg.train.steps):

@@ -134,10 +134,13 @@ def main():
 
     model = runtime.policy(old, ranks, recompute=cfg.train.recompute)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
+    last = sum(s.steps for s in cfg.signal)
     noise = rescoring_noise(model, batch, kept, old_logp, ranks, temperature, cfg.train)
     run.restore(model, optimizer)
+    prompts = len(torch.unique(batch.prompt[kept]))
+    ranks.print(f"steps {run.first + 1} to {last} of {cfg.train.prompts_per_step} prompts on {ranks.world} rank(s); "
+                f"an epoch of {prompts} prompts is {prompts / cfg.train.prompts_per_step:.1f} steps")
     dtype = models.stored_dtype(old)
-    last = sum(s.steps for s in cfg.signal)
     advantage, current = torch.zeros(len(batch.tokens)), None  # A_t at its place in the batch, [T of the batch]
 
     for step in range(run.first, last):

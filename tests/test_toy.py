@@ -1,4 +1,4 @@
-"""toy.py: the task, its corrupted table, demonstrations, exact success, prompts, the base policy."""
+"""toy.py: the task, its corrupted table, demonstrations, exact success, prompts, base policy."""
 
 import json
 import math
@@ -222,7 +222,7 @@ def test_prompts_files(tmp_path, seed):
 
 
 def test_more_prompts_than_there_are_is_refused(tmp_path):
-    """Two operations make 4410 problems, about 441 for the test: 576 must not be sought for ever."""
+    """Two operations make 4410 problems, some 441 for the test: 576 are not sought for ever."""
     def stop(*_):
         raise TimeoutError("still looking for prompts that do not exist")
 
