@@ -1,5 +1,5 @@
-"""Shared by all tests: the project on the path, Triton's interpreter where there is no GPU, no network,
-a tiny policy and a tiny batch, and a way to run a command in this process or under torchrun."""
+"""Shared by all tests: the project on the path, Triton's interpreter where there is no GPU, no
+network, a tiny policy and a tiny batch, and a way to run a command here or under torchrun."""
 
 import os
 import subprocess
@@ -42,25 +42,40 @@ TINY = toy.Shape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, intermed
 
 
 def write_policy(folder, seed=0, noise=0.3):
-    """A random policy folder with the toy's tokenizer, its weights loud enough to differ between tokens."""
+    """A random policy folder with the toy's tokenizer, its weights loud enough to matter."""
     toy.write_initial_policy(folder, toy.Config(output="", seed=seed, shape=TINY))
     model = models.load(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed + 100)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * noise * parameter.std().nan_to_num(1.0))
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator)
+                * noise
+                * parameter.std().nan_to_num(1.0)
+            )
     models.save(model, folder)
     return folder
 
 
 def write_batch(folder, policy, *, prompts=8, n=4, seed=0, **columns):
-    """A batch of random tokens and rewards, `n` responses to each of `prompts`, as if sampled from `policy`."""
+    """Random tokens and rewards, `n` responses to each of `prompts`, as from `policy`."""
     g = torch.Generator().manual_seed(seed)
-    rows = {"tokens": [], "prompt_length": [], "prompt": [], "reward": [], "finished": [], "sampler_logp": []}
+    rows = {
+        "tokens": [],
+        "prompt_length": [],
+        "prompt": [],
+        "reward": [],
+        "finished": [],
+        "sampler_logp": [],
+    }
     for p in range(prompts):
-        start = torch.randint(1, 23, (int(torch.randint(2, 6, (1,), generator=g)),), generator=g).tolist()
+        start = torch.randint(
+            1, 23, (int(torch.randint(2, 6, (1,), generator=g)),), generator=g
+        ).tolist()
         for j in range(n):
-            response = torch.randint(1, 23, (int(torch.randint(1, 14, (1,), generator=g)),), generator=g).tolist()
+            response = torch.randint(
+                1, 23, (int(torch.randint(1, 14, (1,), generator=g)),), generator=g
+            ).tolist()
             rows["tokens"].append(start + response)
             rows["prompt_length"].append(len(start))
             rows["prompt"].append(p)
@@ -68,8 +83,13 @@ def write_batch(folder, policy, *, prompts=8, n=4, seed=0, **columns):
             rows["finished"].append(j != n - 1)
             rows["sampler_logp"].append([0.0] * len(start) + [-1.0] * len(response))
     rows |= columns
-    header = {"policy": str(policy), "fingerprint": models.fingerprint(policy), "temperature": 1.0, "source": "import",
-              "shards": 1}
+    header = {
+        "policy": str(policy),
+        "fingerprint": models.fingerprint(policy),
+        "temperature": 1.0,
+        "source": "import",
+        "shards": 1,
+    }
     rollouts.write_shard(folder, 0, header, **rows)
     return folder
 
@@ -87,28 +107,54 @@ def batch(tmp_path_factory, policy):
 @pytest.fixture
 def run(monkeypatch):
     """run(module, "key=value", ...): the command's main() in this process, as one rank."""
+
     def call(module, *overrides, config=None):
-        argv = [module.__file__, *(["--config", str(config)] if config else []), "--set", *map(str, overrides)]
+        argv = [
+            module.__file__,
+            *(["--config", str(config)] if config else []),
+            "--set",
+            *map(str, overrides),
+        ]
         monkeypatch.setattr(sys, "argv", argv)
         try:
             module.main()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
     return call
 
 
 def command(script, *overrides, ranks=1, config=None, env=(), **options):
     """The same as a subprocess: plain python for one rank, torchrun for several."""
-    launch = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launch = (
+        [sys.executable]
+        if ranks == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
+    )
     arguments = [*(["--config", str(config)] if config else []), "--set", *map(str, overrides)]
-    return subprocess.run([*launch, str(ROOT / script), *arguments], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, **dict(env)}, timeout=300, **options)
+    return subprocess.run(
+        [*launch, str(ROOT / script), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **dict(env)},
+        timeout=300,
+        **options,
+    )
 
 
 def weights(folder):
-    return {name: p.detach() for name, p in models.load(folder, dtype=torch.float32).named_parameters()}
+    return {
+        name: p.detach() for name, p in models.load(folder, dtype=torch.float32).named_parameters()
+    }
 
 
 def same_bits(a, b):
@@ -117,8 +163,13 @@ def same_bits(a, b):
 
 
 def movement_error(a, b, start):
-    """||a - b|| over the distance moved from `start`, and at once over ||a||: AdamW divides by sqrt(v), so a weight whose
-    gradient is all rounding moves by rounding; over the whole movement that stays small."""
-    a, b, start = (torch.cat([w.flatten() for w in weights(x).values()]).double() for x in (a, b, start))
+    """||a - b|| over the distance moved from `start`, and at once over ||a||.
+
+    AdamW divides by sqrt(v), so a weight whose gradient is all rounding moves by rounding; over
+    the whole movement that stays small.
+    """
+    a, b, start = (
+        torch.cat([w.flatten() for w in weights(x).values()]).double() for x in (a, b, start)
+    )
     assert (a - b).norm() <= 1e-5 * a.norm()
     return float((a - b).norm() / (a - start).norm())

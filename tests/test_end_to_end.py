@@ -1,4 +1,4 @@
-"""The whole algorithm on a task small enough to learn in seconds: every command, the driver, its resume and its report."""
+"""The whole algorithm on a tiny task: every command, the driver, its resume and its report."""
 
 import json
 import os
@@ -27,7 +27,8 @@ select = "best"
 [[stage1]]
 name = "mse"
 config = "configs/toy/stage1.toml"
-set = ["train.steps=12", "train.checkpoint_every=6", "train.checkpoint_at=[]", "loss.name=mse", "train.lr=1e-3"]
+set = ["train.steps=12", "train.checkpoint_every=6", "train.checkpoint_at=[]",
+       "loss.name=mse", "train.lr=1e-3"]
 unlearned = true
 
 [[stage2]]
@@ -74,18 +75,34 @@ def driver(tmp_path, *overrides, more=""):
         source = (ROOT / f"configs/toy/{name}.toml").read_text()
         for line in extra.splitlines():
             k = line.split(" = ")[0]
-            source = "\n".join(line if row.startswith(f"{k} =") else row for row in source.splitlines()) + "\n"
+            source = (
+                "\n".join(line if row.startswith(f"{k} =") else row for row in source.splitlines())
+                + "\n"
+            )
         (tmp_path / f"{name}.toml").write_text(source)
         text = text.replace(f"configs/toy/{name}.toml", f"{tmp_path}/{name}.toml")
     (tmp_path / "erpd.toml").write_text(text)
-    return [sys.executable, str(ROOT / "erpd.py"), "--config", str(tmp_path / "erpd.toml"), "--set", *overrides]
+    return [
+        sys.executable,
+        str(ROOT / "erpd.py"),
+        "--config",
+        str(tmp_path / "erpd.toml"),
+        "--set",
+        *overrides,
+    ]
 
 
 def test_the_whole_algorithm_is_killed_and_finishes(tmp_path):
-    """kill -9 of the driver and its children somewhere in the middle; a second start finishes, a third does nothing."""
+    """kill -9 of driver and children in the middle: a second start finishes, a third is idle."""
     command = driver(tmp_path, "seeds=1")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     deadline = time.time() + 200
     while not (tmp_path / "out/seed_0/round_1/mse/metrics.jsonl").exists():
         assert process.poll() is None, process.stdout.read()[-3000:]
@@ -97,23 +114,51 @@ def test_the_whole_algorithm_is_killed_and_finishes(tmp_path):
 
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
-    assert "[sample] done before" in second.stdout and "torchrun --standalone --nproc-per-node 1 stage2.py" in second.stdout
+    assert (
+        "[sample] done before" in second.stdout
+        and "torchrun --standalone --nproc-per-node 1 stage2.py" in second.stdout
+    )
     third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert third.returncode == 0 and third.stdout.count("done before") == 8
 
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert {"rows", "selection", "seeds", "config"} <= report.keys() and report["seeds"] == [0]
     names = [(row["policy"], row["step"]) for row in report["rows"]]
-    assert names == [("base", None), ("ce", 3), ("ce", 6), ("mse", 6), ("mse", 12), ("fixed", 3), ("weak", 3)]
+    assert names == [
+        ("base", None),
+        ("ce", 3),
+        ("ce", 6),
+        ("mse", 6),
+        ("mse", 12),
+        ("fixed", 3),
+        ("weak", 3),
+    ]
     for row in report["rows"]:
-        assert {"round", "policy", "step", "accuracy", "accuracy_se", "pass_at_k", "kl", "kl_se", "kl_sequence", "entropy",
-                "length", "truncated", "seconds"} <= row.keys()
+        assert {
+            "round",
+            "policy",
+            "step",
+            "accuracy",
+            "accuracy_se",
+            "pass_at_k",
+            "kl",
+            "kl_se",
+            "kl_sequence",
+            "entropy",
+            "length",
+            "truncated",
+            "seconds",
+        } <= row.keys()
         assert (row["kl"] == 0) == (row["policy"] == "base")
     rules = {(s["run"], s["rule"]): s for s in report["selection"]}
     assert set(rules) == {("ce", "best"), ("mse", "last"), ("mse", "unlearned")}
     assert rules["mse", "unlearned"]["step"] == 12 and "12: " in rules["mse", "unlearned"]["why"]
-    weak = json.loads((tmp_path / "out/seed_0/round_1/weak/run.json").read_text())["config"]["signal"][0]
-    assert weak["numerator"].endswith("mse/step_000012") and weak["denominator"].endswith("mse/step_000012")
+    weak = json.loads((tmp_path / "out/seed_0/round_1/weak/run.json").read_text())["config"][
+        "signal"
+    ][0]
+    assert weak["numerator"].endswith("mse/step_000012") and weak["denominator"].endswith(
+        "mse/step_000012"
+    )
     assert (tmp_path / "out/plot.png").stat().st_size > 10_000
     text = (tmp_path / "out/report.md").read_text()
     assert "At equal KL" in text and "hold" in text.lower()
@@ -121,7 +166,7 @@ def test_the_whole_algorithm_is_killed_and_finishes(tmp_path):
 
 @pytest.mark.slow
 def test_rounds_and_seeds(tmp_path):
-    """Round 2 starts from round 1's student, on new rollouts; KL stays relative to the very first policy."""
+    """Round 2 starts from round 1's student, on new rollouts; KL stays to the very first policy."""
     command = driver(tmp_path, "seeds=2", more='rounds = 2\nnext = "fixed"')
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

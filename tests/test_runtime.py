@@ -1,4 +1,4 @@
-"""What is mechanical must be dull: strict configs, sharding that changes nothing, files that are whole or absent."""
+"""What is mechanical must be dull: strict configs, floors that hold, whole files or none."""
 
 import dataclasses
 import re
@@ -19,7 +19,13 @@ import stage2
 import toy
 from runtime import key, section
 
-COMMANDS = {"sample": sample, "stage1": stage1, "stage2": stage2, "evaluate": evaluate, "erpd": erpd}
+COMMANDS = {
+    "sample": sample,
+    "stage1": stage1,
+    "stage2": stage2,
+    "evaluate": evaluate,
+    "erpd": erpd,
+}
 TASKS = ("r5", "f5", "f8", "r8")
 
 
@@ -51,40 +57,62 @@ def write(tmp_path, text):
 
 
 def test_config_reads_files_and_overrides(tmp_path):
-    file = write(tmp_path, 'path = "a"\n[inner]\nrate = 1\n[[many]]\nrate = 2.0\n[[many]]\nnames = ["x"]\n')
-    c = runtime.read_config(Outer, file, ["count=7", "inner.rate=1e-5", "many.1.rate=3", "path=some/where.txt"])
+    file = write(
+        tmp_path, 'path = "a"\n[inner]\nrate = 1\n[[many]]\nrate = 2.0\n[[many]]\nnames = ["x"]\n'
+    )
+    c = runtime.read_config(
+        Outer, file, ["count=7", "inner.rate=1e-5", "many.1.rate=3", "path=some/where.txt"]
+    )
     assert (c.path, c.count, c.inner.rate, c.many[0].rate, c.many[1].rate, c.many[1].names) == (
-        "some/where.txt", 7, 1e-5, 2.0, 3.0, ["x"])
+        "some/where.txt",
+        7,
+        1e-5,
+        2.0,
+        3.0,
+        ["x"],
+    )
 
 
-@pytest.mark.parametrize("text, message", [
-    ("path = 'a'\ncuont = 1", "unknown key cuont; did you mean count?"),
-    ("path = 'a'\n[inner]\nraet = 1", "unknown key inner.raet; did you mean inner.rate?"),
-    ("path = 'a'\ncount = 'x'", "key count must be int, not 'x'"),
-    ("path = 'a'\ncount = true", "key count must be int, not True"),
-    ("path = 'a'\ncount = 1.5", "key count must be int, not 1.5"),
-    ("path = 'a'\ninner = 3", "key inner must be a section"),
-    ("path = 'a'\n[inner]\nnames = [1]", r"key inner.names\[0\] must be str"),
-    ("count = 1", "key path is missing"),
-    ("path = ", "not TOML"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("path = 'a'\ncuont = 1", "unknown key cuont; did you mean count?"),
+        ("path = 'a'\n[inner]\nraet = 1", "unknown key inner.raet; did you mean inner.rate?"),
+        ("path = 'a'\ncount = 'x'", "key count must be int, not 'x'"),
+        ("path = 'a'\ncount = true", "key count must be int, not True"),
+        ("path = 'a'\ncount = 1.5", "key count must be int, not 1.5"),
+        ("path = 'a'\ninner = 3", "key inner must be a section"),
+        ("path = 'a'\n[inner]\nnames = [1]", r"key inner.names\[0\] must be str"),
+        ("count = 1", "key path is missing"),
+        ("path = ", "not TOML"),
+    ],
+)
 def test_config_mistakes_name_file_and_key(tmp_path, text, message):
     with pytest.raises(ValueError, match="x.toml.*" + message):
         runtime.read_config(Outer, write(tmp_path, text))
 
 
 def test_config_override_mistakes():
-    for override, message in {"count": "expected key=value", "count.x=1": "no section count|not a key",
-                              "path.x=1": "."}.items():
+    for override, message in {
+        "count": "expected key=value",
+        "count.x=1": "no section count|not a key",
+        "path.x=1": ".",
+    }.items():
         with pytest.raises(ValueError, match=message):
             runtime.read_config(Outer, None, ["path=a", "count=1", override])
 
 
 def test_toml_written_reads_back(tmp_path):
-    c = Outer(path='quo"te\\ / ü', inner=Inner(rate=1e-7, names=["a", "b"]), many=[Inner(), Inner(rate=2.0)])
+    c = Outer(
+        path='quo"te\\ / ü',
+        inner=Inner(rate=1e-7, names=["a", "b"]),
+        many=[Inner(), Inner(rate=2.0)],
+    )
     assert runtime.read_config(Outer, write(tmp_path, runtime.to_toml(c))) == c
     for module in (*COMMANDS.values(), toy):
-        assert tomllib.loads(runtime.to_toml({"x": {"a b": 1.0, "list": []}})) == {"x": {"a b": 1.0, "list": []}}, module
+        assert tomllib.loads(runtime.to_toml({"x": {"a b": 1.0, "list": []}})) == {
+            "x": {"a b": 1.0, "list": []}
+        }, module
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda f: f.stem)
@@ -94,21 +122,33 @@ def test_every_shipped_config_parses(file):
 
 def test_every_config_key_is_read_by_its_command():
     """A key that is accepted and never used is a silent lie."""
+
     def names(kind):
         for f in dataclasses.fields(kind):
             yield f.name
+
     for module in (*COMMANDS.values(), toy):
-        source = re.sub(r"^\s+\w+: [^\n]*= (key|section)\(.*$", "", open(module.__file__).read(), flags=re.M)
-        kinds = [k for k in vars(module).values() if dataclasses.is_dataclass(k) and k.__module__ == module.__name__]
+        source = re.sub(
+            r"^\s+\w+: [^\n]*= (key|section)\(.*$", "", open(module.__file__).read(), flags=re.M
+        )
+        kinds = [
+            k
+            for k in vars(module).values()
+            if dataclasses.is_dataclass(k) and k.__module__ == module.__name__
+        ]
         for kind in kinds:
             for name in names(kind):
-                assert re.search(rf"(\.{name}\b|\"{name}\")", source), f"{module.__name__}: {kind.__name__}.{name} is never read"
+                assert re.search(rf"(\.{name}\b|\"{name}\")", source), (
+                    f"{module.__name__}: {kind.__name__}.{name} is never read"
+                )
 
 
 @pytest.mark.parametrize("script", [*COMMANDS, "toy", "rollouts"])
 def test_help_lists_every_key(script):
     """Every README command parses, and says what its keys mean."""
-    result = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     if script in COMMANDS:
         for f in dataclasses.fields(COMMANDS[script].Config):
@@ -118,15 +158,25 @@ def test_help_lists_every_key(script):
 def test_files_are_whole_or_absent(tmp_path):
     runtime.write_text(tmp_path / "a/b.json", "one")
     runtime.write_text(tmp_path / "a/b.json", "two")
-    assert (tmp_path / "a/b.json").read_text() == "two" and len(list((tmp_path / "a").iterdir())) == 1
+    assert (tmp_path / "a/b.json").read_text() == "two" and len(
+        list((tmp_path / "a").iterdir())
+    ) == 1
 
 
 def test_lower_floors_do_not_import_higher_ones():
-    floors = [("kernels", "losses", "grade"), ("model",), ("rollouts", "runtime"), ("sample", "stage1", "stage2"),
-              ("evaluate", "toy"), ("erpd",)]
+    floors = [
+        ("kernels", "losses", "grade"),
+        ("model",),
+        ("rollouts", "runtime"),
+        ("sample", "stage1", "stage2"),
+        ("evaluate", "toy"),
+        ("erpd",),
+    ]
     floor = {name: i for i, names in enumerate(floors) for name in names}
     for name in floor:
-        imported = re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), flags=re.M)
+        imported = re.findall(
+            r"^\s*(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), flags=re.M
+        )
         for other in set(imported) & set(floor):
             assert floor[other] < floor[name], f"{name}.py imports {other}.py"
 

@@ -1,4 +1,4 @@
-"""The teacher's loop: its result depends on the data alone, and nothing is lost or hidden on the way."""
+"""The teacher's loop: its result depends on the data alone, and nothing is lost on the way."""
 
 import json
 import os
@@ -17,7 +17,13 @@ import rollouts
 import runtime
 import stage1
 
-QUICK = ["train.prompts_per_step=4", "train.lr=1e-3", "train.warmup=1", "train.max_tokens=64", "train.recompute=false"]
+QUICK = [
+    "train.prompts_per_step=4",
+    "train.lr=1e-3",
+    "train.warmup=1",
+    "train.max_tokens=64",
+    "train.recompute=false",
+]
 
 
 def metrics(folder):
@@ -31,9 +37,17 @@ def arguments(policy, batch, output, *more):
 @pytest.mark.parametrize("name", ["ce", "sapo", "grpo", "cispo", "mse", "sft"])
 @pytest.mark.parametrize("average", ["token", "sequence", "fixed"])
 def test_micro_batching_leaves_the_gradient_alone(name, average, policy, batch):
-    """1 x 8 = 2 x 4 = 8 x 1: a mean per micro-batch instead of over the global minibatch would show."""
+    """1 x 8 = 2 x 4 = 8 x 1: a mean per micro-batch instead of over the minibatch would show."""
     b, model = rollouts.load(batch), models.load(policy, dtype=torch.float32)
-    c = stage1.Loss(name=name, beta=0.5, average=average, fixed_length=9, kl_coef=0.3, entropy_coef=0.1, negative_weight=2.0)
+    c = stage1.Loss(
+        name=name,
+        beta=0.5,
+        average=average,
+        fixed_length=9,
+        kl_coef=0.3,
+        entropy_coef=0.1,
+        negative_weight=2.0,
+    )
     advantage = losses.group_advantage(b.reward, b.prompt)
     count = {"tokens": int(b.response_length.sum()), "sequences": len(b)}
     torch.manual_seed(0)
@@ -43,16 +57,39 @@ def test_micro_batching_leaves_the_gradient_alone(name, average, policy, batch):
         model.zero_grad()
         for micro in rollouts.pack(b, range(len(b)), max_tokens):
             logp, entropy = model.logp(micro.tokens, micro.cu_seqlens, micro.scored, entropy=True)
-            stage1.objective(c, logp, old[micro.place], old[micro.place], entropy, advantage[micro.row][micro.segment],
-                             b.reward[micro.row], micro.segment, count).backward()
+            stage1.objective(
+                c,
+                logp,
+                old[micro.place],
+                old[micro.place],
+                entropy,
+                advantage[micro.row][micro.segment],
+                b.reward[micro.row],
+                micro.segment,
+                count,
+            ).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for g in gradients[:2]:
         assert (g - gradients[2]).abs().max() <= 1e-5 * gradients[2].abs().max()
 
 
 def test_micro_batches_and_recomputation_give_the_same_policy(run, tmp_path, policy, batch):
-    for name, more in {"a": ["train.max_tokens=30"], "b": ["train.max_tokens=4000", "train.recompute=true"]}.items():
-        run(stage1, *arguments(policy, batch, tmp_path / name, "train.steps=4", "loss.name=sapo", "loss.kl_coef=0.1", *more))
+    for name, more in {
+        "a": ["train.max_tokens=30"],
+        "b": ["train.max_tokens=4000", "train.recompute=true"],
+    }.items():
+        run(
+            stage1,
+            *arguments(
+                policy,
+                batch,
+                tmp_path / name,
+                "train.steps=4",
+                "loss.name=sapo",
+                "loss.kl_coef=0.1",
+                *more,
+            ),
+        )
     assert movement_error(tmp_path / "a/step_000004", tmp_path / "b/step_000004", policy) < 1e-3
 
 
@@ -68,8 +105,10 @@ def test_two_ranks_give_the_policy_of_one(run, tmp_path, policy, batch):
 
 
 def test_state_written_by_two_ranks_is_resumed_by_one(run, tmp_path, policy, batch):
-    """A rank's part of a sharded tensor is contiguous rows; joining them wrongly would scramble the optimiser."""
-    result = command("stage1.py", *arguments(policy, batch, tmp_path / "x", "train.steps=2"), ranks=2)
+    """A rank's part is contiguous rows; joining them wrongly would scramble the optimiser."""
+    result = command(
+        "stage1.py", *arguments(policy, batch, tmp_path / "x", "train.steps=2"), ranks=2
+    )
     assert result.returncode == 0, result.stderr
     run(stage1, *arguments(policy, batch, tmp_path / "x", "train.steps=4"))
     run(stage1, *arguments(policy, batch, tmp_path / "y", "train.steps=4"))
@@ -78,15 +117,25 @@ def test_state_written_by_two_ranks_is_resumed_by_one(run, tmp_path, policy, bat
 
 def test_hybrid_sharding_on_a_two_by_two_mesh(run, tmp_path, policy, batch):
     run(stage1, *arguments(policy, batch, tmp_path / "one", "train.steps=2"))
-    result = command("stage1.py", *arguments(policy, batch, tmp_path / "four", "train.steps=2", "train.replicas=2"), ranks=4)
+    result = command(
+        "stage1.py",
+        *arguments(policy, batch, tmp_path / "four", "train.steps=2", "train.replicas=2"),
+        ranks=4,
+    )
     assert result.returncode == 0, result.stderr
-    assert movement_error(tmp_path / "four/step_000002", tmp_path / "one/step_000002", policy) < 1e-3
+    assert (
+        movement_error(tmp_path / "four/step_000002", tmp_path / "one/step_000002", policy) < 1e-3
+    )
 
 
 def kill_in_the_middle(script, settings, output, lines):
     """Start a command, kill -9 it once metrics.jsonl has `lines` lines."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), "--set", *map(str, settings)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), "--set", *map(str, settings)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     deadline, file = time.time() + 120, output / "metrics.jsonl"
     while not (file.is_file() and file.read_text().count("\n") >= lines):
         assert process.poll() is None, process.stderr.read().decode()
@@ -99,40 +148,71 @@ def kill_in_the_middle(script, settings, output, lines):
 
 def test_killed_and_resumed_equals_uninterrupted(run, tmp_path, policy, batch):
     settings = ["train.steps=60", "train.checkpoint_every=7", "loss.name=sapo"]
-    kill_in_the_middle("stage1.py", arguments(policy, batch, tmp_path / "killed", *settings), tmp_path / "killed", 17)
+    kill_in_the_middle(
+        "stage1.py",
+        arguments(policy, batch, tmp_path / "killed", *settings),
+        tmp_path / "killed",
+        17,
+    )
     assert not (tmp_path / "killed/done.json").exists()
     run(stage1, *arguments(policy, batch, tmp_path / "killed", *settings))
     run(stage1, *arguments(policy, batch, tmp_path / "whole", *settings))
     for step in (7, 14, 21, 60):
         assert same_bits(tmp_path / f"killed/step_{step:06d}", tmp_path / f"whole/step_{step:06d}")
     assert [m["step"] for m in metrics(tmp_path / "killed")] == list(range(1, 61))
-    assert [m["loss"] for m in metrics(tmp_path / "killed")] == [m["loss"] for m in metrics(tmp_path / "whole")]
+    assert [m["loss"] for m in metrics(tmp_path / "killed")] == [
+        m["loss"] for m in metrics(tmp_path / "whole")
+    ]
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
 def test_ratio_is_one_before_the_first_update_and_not_after(run, tmp_path, policy, batch):
     run(stage1, *arguments(policy, batch, tmp_path / "x", "train.steps=2", "loss.name=grpo"))
     first, second = metrics(tmp_path / "x")
-    assert first["ratio_min"] == pytest.approx(1, abs=1e-4) and first["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert first["ratio_min"] == pytest.approx(1, abs=1e-4) and first["ratio_max"] == pytest.approx(
+        1, abs=1e-4
+    )
     assert first["clip_low"] == first["clip_high"] == 0
     assert second["ratio_max"] > 1.001
 
 
 def test_every_loss_learns_what_it_says(run, tmp_path, policy, batch):
-    """One fixed batch, overfitted: positives and negatives must part, or both fall, as each loss promises."""
+    """One fixed batch, overfitted: positives and negatives part, or both fall, as promised."""
+
     def last(name, *more):
-        run(stage1, *arguments(policy, batch, tmp_path / name, "train.steps=40", f"loss.name={name}", "train.lr=3e-3",
-                               "train.prompts_per_step=8", *more))
+        run(
+            stage1,
+            *arguments(
+                policy,
+                batch,
+                tmp_path / name,
+                "train.steps=40",
+                f"loss.name={name}",
+                "train.lr=3e-3",
+                "train.prompts_per_step=8",
+                *more,
+            ),
+        )
         rows = metrics(tmp_path / name)
         return rows[0], rows[-1]
 
-    for name, more in {"ce": ["loss.beta=0.5"], "sapo": [], "grpo": [], "cispo": ["loss.clip_high=4.0"]}.items():
+    for name, more in {
+        "ce": ["loss.beta=0.5"],
+        "sapo": [],
+        "grpo": [],
+        "cispo": ["loss.clip_high=4.0"],
+    }.items():
         first, final = last(name, *more)
-        assert final["p_positive"] - final["p_negative"] > first["p_positive"] - first["p_negative"] + 0.02, name
+        assert (
+            final["p_positive"] - final["p_negative"]
+            > first["p_positive"] - first["p_negative"] + 0.02
+        ), name
     first, final = last("sft")
     assert final["loss"] < first["loss"] - 0.3
     first, final = last("mse")
-    assert final["loss"] < first["loss"] and final["explained_variance"] > first["explained_variance"]
+    assert (
+        final["loss"] < first["loss"] and final["explained_variance"] > first["explained_variance"]
+    )
 
 
 def test_undecided_and_unfinished_rows_are_left_out(run, tmp_path, policy, capsys):
@@ -141,26 +221,53 @@ def test_undecided_and_unfinished_rows_are_left_out(run, tmp_path, policy, capsy
     b = rollouts.load(tmp_path / "full")
     reward = [None if i % 5 == 0 else float(r) for i, r in enumerate(b.reward)]
     write_batch(tmp_path / "undecided", policy, reward=reward)
-    run(stage1, *arguments(policy, tmp_path / "undecided", tmp_path / "u", "train.steps=2", "loss.name=grpo"))
+    run(
+        stage1,
+        *arguments(
+            policy, tmp_path / "undecided", tmp_path / "u", "train.steps=2", "loss.name=grpo"
+        ),
+    )
     assert "25 of 32 rollouts (7 undecided left out, 8 truncated)" in capsys.readouterr().out
-    run(stage1, *arguments(policy, tmp_path / "full", tmp_path / "f", "train.steps=1", "drop_unfinished=true"))
-    assert "24 of 32 rollouts (0 undecided left out, 8 truncated left out)" in capsys.readouterr().out
+    run(
+        stage1,
+        *arguments(
+            policy, tmp_path / "full", tmp_path / "f", "train.steps=1", "drop_unfinished=true"
+        ),
+    )
+    assert (
+        "24 of 32 rollouts (0 undecided left out, 8 truncated left out)" in capsys.readouterr().out
+    )
 
 
 def test_recovery_starts_from_another_policy_than_the_batch(run, tmp_path, policy, batch):
     """pi_ref = start or old: both are honoured, and differ."""
-    run(stage1, *arguments(policy, batch, tmp_path / "mse", "train.steps=3", "loss.name=mse", "train.lr=1e-2"))
+    run(
+        stage1,
+        *arguments(
+            policy, batch, tmp_path / "mse", "train.steps=3", "loss.name=mse", "train.lr=1e-2"
+        ),
+    )
     start = tmp_path / "mse/step_000003"
     for reference in ("start", "old"):
-        run(stage1, *arguments(start, batch, tmp_path / reference, "train.steps=2", f"loss.reference={reference}"))
+        run(
+            stage1,
+            *arguments(
+                start, batch, tmp_path / reference, "train.steps=2", f"loss.reference={reference}"
+            ),
+        )
     a, b = metrics(tmp_path / "start")[0], metrics(tmp_path / "old")[0]
     assert a["loss"] == pytest.approx(0.6931, abs=1e-3)  # log-ratio 0 to its own start
     assert abs(b["loss"] - a["loss"]) > 1e-4
 
 
 def test_non_finite_stops_before_the_update_and_names_rows(run, tmp_path, policy, batch):
-    settings = arguments(policy, batch, tmp_path / "x", "train.steps=9", "train.checkpoint_every=1", "train.lr=1e38")
-    with pytest.raises(ValueError, match=r"step \d+: .* not finite; nothing was updated. Rows of the batch concerned: \d+"):
+    settings = arguments(
+        policy, batch, tmp_path / "x", "train.steps=9", "train.checkpoint_every=1", "train.lr=1e38"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"step \d+: .* not finite; nothing was updated. Rows of the batch concerned: \d+",
+    ):
         run(stage1, *settings, "train.clip=1e38")
     saved = sorted((tmp_path / "x").glob("step_*"))
     assert saved and not (tmp_path / "x/done.json").exists()
@@ -168,7 +275,10 @@ def test_non_finite_stops_before_the_update_and_names_rows(run, tmp_path, policy
 
 def test_resume_with_other_settings_is_refused(run, tmp_path, policy, batch):
     run(stage1, *arguments(policy, batch, tmp_path / "x", "train.steps=2"))
-    with pytest.raises(ValueError, match=r"Different: config.loss.beta: 0.05 -> 0.7|Different: loss.beta: 0.05 -> 0.7"):
+    with pytest.raises(
+        ValueError,
+        match=r"Different: config.loss.beta: 0.05 -> 0.7|Different: loss.beta: 0.05 -> 0.7",
+    ):
         run(stage1, *arguments(policy, batch, tmp_path / "x", "train.steps=2", "loss.beta=0.7"))
     write_batch(tmp_path / "other", policy, seed=5)
     with pytest.raises(ValueError, match="batch"):
@@ -185,17 +295,27 @@ def test_steps_may_be_raised_and_a_finished_run_is_left_alone(run, tmp_path, pol
 
 def test_wrong_inputs_stop_with_one_message(run, tmp_path, policy, batch):
     from conftest import write_policy
+
     other = write_policy(tmp_path / "other", seed=3)
     with pytest.raises(ValueError, match="is not the policy that sampled"):
         run(stage1, *arguments(policy, batch, tmp_path / "x", f"old={other}"))
-    for override, words in {"loss.name=gpro": "loss.name must be one of", "loss.kl=k9": "loss.kl must be one of",
-                            "loss.average=fixed": "fixed_length", "loss.bta=1": "did you mean loss.beta",
-                            "train.steps=many": "train.steps must be int", "train.prompts_per_step=99": "larger than the batch",
-                            "train.max_tokens=5": "more than max_tokens"}.items():
+    for override, words in {
+        "loss.name=gpro": "loss.name must be one of",
+        "loss.kl=k9": "loss.kl must be one of",
+        "loss.average=fixed": "fixed_length",
+        "loss.bta=1": "did you mean loss.beta",
+        "train.steps=many": "train.steps must be int",
+        "train.prompts_per_step=99": "larger than the batch",
+        "train.max_tokens=5": "more than max_tokens",
+    }.items():
         with pytest.raises(ValueError, match=words):
             run(stage1, *arguments(policy, batch, tmp_path / "z", override))
     result = command("stage1.py", *arguments(policy, tmp_path / "nowhere", tmp_path / "z"))
-    assert result.returncode == 2 and "no rollout shards" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "no rollout shards" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 def test_minibatches_cover_epochs_without_a_seam():
@@ -214,10 +334,12 @@ def test_old_logp_is_the_trainers_own_and_kept_beside_the_batch(run, tmp_path, p
     b, model = rollouts.load(folder), models.load(policy, dtype=torch.float32)
     column = b.read_column(models.fingerprint(policy), 1.0)
     for row in range(0, len(b), 5):
-        lo, hi = b.cu_seqlens[row:row + 2].tolist()
+        lo, hi = b.cu_seqlens[row : row + 2].tolist()
         hidden = model(b.tokens[lo:hi], torch.tensor([0, hi - lo]))
-        logp = torch.log_softmax(hidden @ model.head.T, -1)[:-1].gather(1, b.tokens[lo + 1:hi, None].long())[:, 0]
+        logp = torch.log_softmax(hidden @ model.head.T, -1)[:-1].gather(
+            1, b.tokens[lo + 1 : hi, None].long()
+        )[:, 0]
         start = int(b.prompt_length[row])
-        assert torch.allclose(column[lo + start:hi], logp[start - 1:].detach(), atol=1e-5)
-        assert (column[lo:lo + start] == 0).all()
+        assert torch.allclose(column[lo + start : hi], logp[start - 1 :].detach(), atol=1e-5)
+        assert (column[lo : lo + start] == 0).all()
     assert weights(policy)  # the source policy is untouched
