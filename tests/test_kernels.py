@@ -1,4 +1,5 @@
-"""kernels.py against float64 autograd over the whole [T, V] logits: values, every gradient, both forms."""
+"""kernels.py against float64 autograd over the whole [T, V] logits: values, every gradient, both
+forms."""
 
 import random
 
@@ -13,7 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Fresh inputs every run; the seed of a failure is in its captured output. One thread: tiny shapes."""
+    """Fresh inputs every run; the seed of a failure is in its captured output. One thread: tiny
+    shapes."""
     seed, threads = random.SystemRandom().randrange(2**31), torch.get_num_threads()
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
@@ -24,7 +26,8 @@ def seed():
 
 @pytest.fixture(params=["plain", "triton"])
 def form(request, monkeypatch):
-    """Each test that asks for it runs on the plain form and on Triton (in its interpreter where there is no GPU)."""
+    """Each test that asks for it runs on the plain form and on Triton (in its interpreter where
+    there is no GPU)."""
     if request.param == "triton" and kernels.triton is None:
         pytest.skip("triton is not installed")
     monkeypatch.setattr(kernels, "_use_triton", lambda tensor: request.param == "triton")
@@ -67,19 +70,37 @@ def assert_close(got, want, tolerance=1e-5):
     for name, x, y in zip(("logp", "entropy", "d hidden", "d head"), got, want, strict=False):
         assert x.shape == y.shape, f"{name}: {tuple(x.shape)} for {tuple(y.shape)}"
         if y.numel():
-            error, scale = (x.double() - y.double()).abs().max().item(), max(1.0, y.abs().max().item())
-            assert error <= tolerance * scale, f"{name}: off by {error:.2e}, where the largest value is {scale:.2e}"
+            error, scale = (
+                (x.double() - y.double()).abs().max().item(),
+                max(1.0, y.abs().max().item()),
+            )
+            assert error <= tolerance * scale, (
+                f"{name}: off by {error:.2e}, where the largest value is {scale:.2e}"
+            )
 
 
 # ---------------------------------------------------------------- linear_logp
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("T, V, columns", [
-    (0, 33, None), (1, 1, None), (1, 33, 4), (7, 1, None), (7, 33, 5), (7, 33, 33), (7, 1000, 300), (130, 33, 20),
-    (130, 1000, 999), (2, 5000, None)])
+@pytest.mark.parametrize(
+    "T, V, columns",
+    [
+        (0, 33, None),
+        (1, 1, None),
+        (1, 33, 4),
+        (7, 1, None),
+        (7, 33, 5),
+        (7, 33, 33),
+        (7, 1000, 300),
+        (130, 33, 20),
+        (130, 1000, 999),
+        (2, 5000, None),
+    ],
+)
 def test_matches_float64(form, monkeypatch, T, V, columns, temperature):
-    """The online softmax, its backward, or a slice that does not divide V (V = 5000: several blocks a row) is wrong."""
+    """The online softmax, its backward, or a slice that does not divide V (V = 5000: several blocks
+    a row) is wrong."""
     if columns:
         monkeypatch.setattr(kernels, "SLICE_ELEMENTS", T * columns)
     case = (*inputs(T, V, size=5.0), *weights(T))
@@ -88,17 +109,21 @@ def test_matches_float64(form, monkeypatch, T, V, columns, temperature):
 
 @pytest.mark.parametrize("columns", [4, 33])
 def test_saturated(form, monkeypatch, columns):
-    """|logits| up to 100, p of 0 and 1 and the largest logit in any slice: exp overflows or a gradient is nan."""
+    """|logits| up to 100, p of 0 and 1 and the largest logit in any slice: exp overflows or a
+    gradient is nan."""
     monkeypatch.setattr(kernels, "SLICE_ELEMENTS", 20 * columns)
     case = (*inputs(20, 33, size=100.0), *weights(20))
     got = run(*case)
     assert all(x.isfinite().all() for x in got)
-    assert_close(got, reference(*case), 2e-4)  # float32 logits of 100 are known to 1e-5, their weights p to as much
+    assert_close(
+        got, reference(*case), 2e-4
+    )  # float32 logits of 100 are known to 1e-5, their weights p to as much
 
 
 @pytest.mark.parametrize("columns", [1, 2, 6])
 def test_minus_infinity(form, monkeypatch, columns):
-    """Logits of -inf (a slice full of them, the first one too) must drop out of both sums, not turn them into nan."""
+    """Logits of -inf (a slice full of them, the first one too) must drop out of both sums, not turn
+    them into nan."""
     monkeypatch.setattr(kernels, "SLICE_ELEMENTS", 5 * columns)
     hidden, head = torch.rand(5, 3, device=DEVICE) + 0.1, torch.randn(6, 3, device=DEVICE)
     head[[0, 1, 4]] = float("-inf")
@@ -107,11 +132,14 @@ def test_minus_infinity(form, monkeypatch, columns):
     assert logp[-1] == float("-inf")
     log_p = (hidden @ head[[2, 3, 5]].T).double().log_softmax(1)
     column = torch.tensor([0, 1, 2, 0], device=DEVICE)[:, None]
-    assert_close((logp[:4], entropy), (log_p[:4].gather(1, column)[:, 0], -(log_p.exp() * log_p).sum(1)))
+    assert_close(
+        (logp[:4], entropy), (log_p[:4].gather(1, column)[:, 0], -(log_p.exp() * log_p).sum(1))
+    )
 
 
 def test_bfloat16(form, monkeypatch):
-    """16-bit inputs: values stay float32-exact, gradients come back in bfloat16 with its rounding and no more."""
+    """16-bit inputs: values stay float32-exact, gradients come back in bfloat16 with its rounding
+    and no more."""
     monkeypatch.setattr(kernels, "SLICE_ELEMENTS", 30 * 64)
     case = (*inputs(30, 200, size=5.0, dtype=torch.bfloat16), *weights(30))
     got, want = run(*case), reference(*case)
@@ -129,17 +157,23 @@ def test_without_entropy(form):
     logp, entropy = linear_logp(a, b, targets, entropy=False)
     logp.backward(g)
     assert entropy is None
-    assert torch.equal(logp, want[0]) and torch.equal(a.grad, want[2]) and torch.equal(b.grad, want[3])
+    assert (
+        torch.equal(logp, want[0]) and torch.equal(a.grad, want[2]) and torch.equal(b.grad, want[3])
+    )
 
 
 def test_expanded_upstream(form):
-    """sum() and mean() hand the backward a gradient of stride 0, which a kernel must not walk as laid out."""
+    """sum() and mean() hand the backward a gradient of stride 0, which a kernel must not walk as
+    laid out."""
     hidden, head, targets = inputs(7, 33)
     a, b = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     logp, entropy = linear_logp(a, b, targets)
     (logp.sum() + entropy.mean()).backward()
     one = torch.ones(7, device=DEVICE)
-    assert_close((logp.detach(), entropy.detach(), a.grad, b.grad), reference(hidden, head, targets, one, one / 7))
+    assert_close(
+        (logp.detach(), entropy.detach(), a.grad, b.grad),
+        reference(hidden, head, targets, one, one / 7),
+    )
 
 
 def test_entropy_alone(form):
@@ -148,12 +182,15 @@ def test_entropy_alone(form):
     a, b = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     _, entropy = linear_logp(a, b, targets)
     entropy.sum().backward()
-    want = reference(hidden, head, targets, torch.zeros(7, device=DEVICE), torch.ones(7, device=DEVICE))
+    want = reference(
+        hidden, head, targets, torch.zeros(7, device=DEVICE), torch.ones(7, device=DEVICE)
+    )
     assert_close((a.grad, b.grad), want[2:])
 
 
 def test_one_of_two_gradients(form):
-    """A frozen head (or frozen body) must leave the other's gradient as it was, and get none itself."""
+    """A frozen head (or frozen body) must leave the other's gradient as it was, and get none
+    itself."""
     hidden, head, targets = inputs(7, 33)
     g, h = weights(7)
     want = run(hidden, head, targets, g, h)
@@ -165,7 +202,8 @@ def test_one_of_two_gradients(form):
 
 
 def test_inputs_unmodified(form):
-    """The backward works in place: on the slice alone, never on what it was given; so it can also run twice."""
+    """The backward works in place: on the slice alone, never on what it was given; so it can also
+    run twice."""
     hidden, head, targets = inputs(7, 33)
     g, h = weights(7)
     given = (hidden, head, targets, g, h)
@@ -179,7 +217,8 @@ def test_inputs_unmodified(form):
 
 
 def test_layout_and_integer_type(form):
-    """A transposed head, a strided hidden, int32 targets: the answer depends on values, not on layout."""
+    """A transposed head, a strided hidden, int32 targets: the answer depends on values, not on
+    layout."""
     hidden, head, targets = inputs(7, 33)
     want = linear_logp(hidden, head, targets)
     wide = torch.stack((hidden, hidden), 2)[..., 0]
@@ -188,11 +227,14 @@ def test_layout_and_integer_type(form):
 
 
 def test_logits_never_whole(form, monkeypatch):
-    """No product may hold more than SLICE_ELEMENTS logits, in either direction: the point of the file."""
+    """No product may hold more than SLICE_ELEMENTS logits, in either direction: the point of the
+    file."""
     T, V, held = 16, 1000, []
     product = kernels._product
     monkeypatch.setattr(kernels, "SLICE_ELEMENTS", T * 100)
-    monkeypatch.setattr(kernels, "_product", lambda a, b: held.append(len(a) * b.shape[1]) or product(a, b))
+    monkeypatch.setattr(
+        kernels, "_product", lambda a, b: held.append(len(a) * b.shape[1]) or product(a, b)
+    )
     run(*inputs(T, V), *weights(T))
     assert max(held) == T * 100
 
@@ -227,7 +269,10 @@ def test_wrong_shapes():
 
 def pair(T, V):
     """Two policies of different width: hidden and head of p, hidden and head of q."""
-    (hidden_p, head_p, _), (hidden_q, head_q, _) = inputs(T, V, H=8, size=5.0), inputs(T, V, H=5, size=5.0)
+    (hidden_p, head_p, _), (hidden_q, head_q, _) = (
+        inputs(T, V, H=8, size=5.0),
+        inputs(T, V, H=5, size=5.0),
+    )
     return hidden_p, head_p, hidden_q, head_q
 
 
@@ -244,12 +289,14 @@ def kl_reference(temperature):
         log_p = (hidden_p @ head_p.T / temperature).log_softmax(1)
         log_q = (hidden_q @ head_q.T / temperature).log_softmax(1)
         return (log_p.exp() * (log_p - log_q)).sum(1)
+
     return function
 
 
 @pytest.mark.parametrize("T, V, rows", [(1, 1, 1), (7, 33, 2), (7, 33, 7), (130, 100, 60)])
 def test_kl_matches_float64(monkeypatch, T, V, rows):
-    """KL(p || q), its direction, its gradient in all four inputs, and chunks that do not divide T."""
+    """KL(p || q), its direction, its gradient in all four inputs, and chunks that do not divide
+    T."""
     monkeypatch.setattr(kernels, "SLICE_ELEMENTS", rows * V)
     tensors, (g, _) = pair(T, V), weights(T)
     got = kl_run(lambda *x: linear_kl(*x, temperature=0.7), tensors, g)

@@ -1,4 +1,5 @@
-"""losses.py against hand-written tables, exact expectations over a small softmax, finite differences and numpy."""
+"""losses.py against hand-written tables, exact expectations over a small softmax, finite
+differences and numpy."""
 
 import math
 import random
@@ -18,7 +19,8 @@ EXTREME = [-math.inf, -1e4, -30.0, -20.0, 0.0, 20.0, 30.0, 1e4]  # log-ratios
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Fresh inputs every run; the seed of a failure is in its captured output. One thread: tiny shapes."""
+    """Fresh inputs every run; the seed of a failure is in its captured output. One thread: tiny
+    shapes."""
     seed, threads = random.SystemRandom().randrange(2**31), torch.get_num_threads()
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
@@ -40,7 +42,8 @@ def value_and_gradient(loss, logp):
 
 
 def batch(T=12, B=4, dtype=torch.float64):
-    """logp, old_logp, advantage [T], reward [B] with both outcomes, segment [T] with every sequence in it."""
+    """logp, old_logp, advantage [T], reward [B] with both outcomes, segment [T] with every sequence
+    in it."""
     logp = -3 * torch.rand(T, dtype=dtype) - 0.01
     old_logp = -3 * torch.rand(T, dtype=dtype) - 0.01
     reward = torch.tensor([1.0, 0.0] * B, dtype=dtype)[:B]
@@ -68,10 +71,16 @@ LOSSES = {
 }
 # and the functions without a gradient to speak of
 OTHERS = {
-    "cispo": lambda l, old, A, R, s: losses.cispo(l, old, A),  # its weight is detached: no finite difference sees that
+    "cispo": lambda l, old, A, R, s: losses.cispo(
+        l, old, A
+    ),  # its weight is detached: no finite difference sees that
     "ratio": lambda l, old, A, R, s: losses.ratio(l, old),
-    "group_advantage": lambda l, old, A, R, s: losses.group_advantage(R, torch.tensor([5, 5, 2, 2])),
-    "group_advantage raw": lambda l, old, A, R, s: losses.group_advantage(R, s[:4], normalize=False),
+    "group_advantage": lambda l, old, A, R, s: losses.group_advantage(
+        R, torch.tensor([5, 5, 2, 2])
+    ),
+    "group_advantage raw": lambda l, old, A, R, s: losses.group_advantage(
+        R, s[:4], normalize=False
+    ),
     "token_signal": lambda l, old, A, R, s: losses.token_signal(l, old),
     "sign_mask both": lambda l, old, A, R, s: losses.sign_mask(A, R, s),
     "sign_mask positive": lambda l, old, A, R, s: losses.sign_mask(A, R, s, "positive"),
@@ -84,7 +93,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", [*LOSSES, *OTHERS])
 def test_inputs_unmodified(name):
-    """An in-place operation on an argument, or a result that shares its memory, corrupts the next use of the batch."""
+    """An in-place operation on an argument, or a result that shares its memory, corrupts the next
+    use of the batch."""
     given = batch()
     clones = [x.clone() for x in given]
     result = {**LOSSES, **OTHERS}[name](*given)
@@ -102,21 +112,33 @@ def test_gradcheck(name):
 
 @pytest.mark.parametrize("name", [*LOSSES, "cispo"])
 def test_float32_and_shape(name):
-    """Losses stay float32 (a stray float64 constant would double every buffer) and one number a token or sequence."""
+    """Losses stay float32 (a stray float64 constant would double every buffer) and one number a
+    token or sequence."""
     given = batch(dtype=torch.float32)
     value = {**LOSSES, **OTHERS}[name](*given)
     assert value.dtype == torch.float32
-    assert value.shape == ((4,) if name.startswith("ce") else () if name.startswith("aggregate") else (12,))
+    assert value.shape == (
+        (4,) if name.startswith("ce") else () if name.startswith("aggregate") else (12,)
+    )
 
 
 # ---------------------------------------------------------------- stage 1, by hand
 
 
-@pytest.mark.parametrize("A, rho, loss, slope", [
-    (+1, 0.5, -0.50, -1), (+1, 1.0, -1.0, -1), (+1, 1.5, -1.28, 0),
-    (-1, 0.5, +0.80, 0), (-1, 1.0, +1.0, +1), (-1, 1.5, +1.50, +1)])
+@pytest.mark.parametrize(
+    "A, rho, loss, slope",
+    [
+        (+1, 0.5, -0.50, -1),
+        (+1, 1.0, -1.0, -1),
+        (+1, 1.5, -1.28, 0),
+        (-1, 0.5, +0.80, 0),
+        (-1, 1.0, +1.0, +1),
+        (-1, 1.5, +1.50, +1),
+    ],
+)
 def test_ppo_clip_signs(A, rho, loss, slope):
-    """The clip's value and d/d ratio; taking max for negative advantages reverses the last row's slopes."""
+    """The clip's value and d/d ratio; taking max for negative advantages reverses the last row's
+    slopes."""
     value, gradient = value_and_gradient(lambda l: losses.grpo(l, f64(0), f64(A)), f64(rho).log())
     torch.testing.assert_close(value, f64(loss))
     torch.testing.assert_close(gradient / rho, f64(slope))  # d/d logp = rho d/d rho
@@ -130,10 +152,13 @@ def test_ppo_clip_arguments():
 
 @pytest.mark.parametrize("A, tau", [(1.7, 1.0), (-0.6, 1.05), (0.8, 2.0)])
 def test_sapo(A, tau):
-    """-(4/tau) sigmoid(tau (rho - 1)) A, whose gradient weight on log pi is 4 p (1 - p) rho: 1 at rho = 1."""
+    """-(4/tau) sigmoid(tau (rho - 1)) A, whose gradient weight on log pi is 4 p (1 - p) rho: 1 at
+    rho = 1."""
     rho = f64(0.2, 0.9, 1.0, 1.35, 4.0)
     taus = {"tau_pos": tau} if A > 0 else {"tau_neg": tau}
-    value, gradient = value_and_gradient(lambda l: losses.sapo(l, l * 0, f64(A).expand(5), **taus), rho.log())
+    value, gradient = value_and_gradient(
+        lambda l: losses.sapo(l, l * 0, f64(A).expand(5), **taus), rho.log()
+    )
     p = 1 / (1 + torch.exp(-tau * (rho - 1)))
     # tau travels in float32
     torch.testing.assert_close(value, -4 / tau * p * A, rtol=1e-6, atol=0)
@@ -142,7 +167,8 @@ def test_sapo(A, tau):
 
 
 def test_cispo():
-    """The truncated weight multiplies the gradient and is not differentiated; it is capped at 1 + eps."""
+    """The truncated weight multiplies the gradient and is not differentiated; it is capped at 1 +
+    eps."""
     rho, A = f64(0.1, 1.0, 4.9, 9.0), f64(1, -2, 1, 3)
     _, gradient = value_and_gradient(lambda l: losses.cispo(l, torch.zeros_like(l), A), rho.log())
     torch.testing.assert_close(gradient, -f64(0.1, 1.0, 4.9, 5.0) * A)
@@ -152,10 +178,13 @@ def test_cispo():
 
 @pytest.mark.parametrize("how", ["sum", "mean"])
 def test_ce(how):
-    """-log sigmoid(beta r) or -log(1 - sigmoid(beta r)) of a sequence; d/dr = beta (sigmoid(beta r) - R)."""
+    """-log sigmoid(beta r) or -log(1 - sigmoid(beta r)) of a sequence; d/dr = beta (sigmoid(beta r)
+    - R)."""
     logp, ref = f64(-1, -2, -0.5, -3), f64(-2, -2.5, -0.1, -1)
     segment, reward, beta = torch.tensor([0, 0, 1, 1]), f64(1, 0), 0.4
-    value, gradient = value_and_gradient(lambda l: losses.ce(l, ref, reward, segment, beta=beta, aggregate=how), logp)
+    value, gradient = value_and_gradient(
+        lambda l: losses.ce(l, ref, reward, segment, beta=beta, aggregate=how), logp
+    )
     n = 2 if how == "mean" else 1
     s0, s1 = (1 / (1 + math.exp(-beta * r / n)) for r in (1.5, -2.4))
     torch.testing.assert_close(value, f64(-math.log(s0), -math.log(1 - s1)))
@@ -164,50 +193,68 @@ def test_ce(how):
 
 
 def test_ce_extremes():
-    """A sequence log-ratio of thousands must not become log(0); an interleaved or empty sequence must find its sum."""
+    """A sequence log-ratio of thousands must not become log(0); an interleaved or empty sequence
+    must find its sum."""
     logp, segment = f64(-5000, 0, 0, 5000), torch.tensor([0, 2, 2, 0])
     value, gradient = value_and_gradient(
-        lambda l: losses.ce(l, torch.zeros(4, dtype=torch.float64), f64(1, 1, 0), segment, beta=1.0), logp)
+        lambda l: losses.ce(
+            l, torch.zeros(4, dtype=torch.float64), f64(1, 1, 0), segment, beta=1.0
+        ),
+        logp,
+    )
     torch.testing.assert_close(value, f64(math.log(2), math.log(2), math.log(2)))
     for l in (-5000.0, 5000.0):
         value, gradient = value_and_gradient(
-            lambda l: losses.ce(l, torch.zeros(2), torch.tensor([1.0, 0.0]), torch.tensor([0, 1]), beta=1.0),
-            torch.full((2,), l))
+            lambda l: losses.ce(
+                l, torch.zeros(2), torch.tensor([1.0, 0.0]), torch.tensor([0, 1]), beta=1.0
+            ),
+            torch.full((2,), l),
+        )
         assert value.tolist() == [max(-l, 0), max(l, 0)] and gradient.isfinite().all()
     with pytest.raises(ValueError, match="median"):
         losses.ce(logp, logp, f64(1, 1, 0), segment, beta=1.0, aggregate="median")
 
 
 def test_mse():
-    """(p - R)^2 with gradient 2 (p - R) p; negative_weight multiplies tokens of reward 0 and nothing else."""
+    """(p - R)^2 with gradient 2 (p - R) p; negative_weight multiplies tokens of reward 0 and
+    nothing else."""
     p, segment, reward = f64(0.9, 0.2, 0.9, 0.2), torch.tensor([0, 0, 1, 1]), f64(1, 0)
     for weight in (1.0, 2.5):
         value, gradient = value_and_gradient(
-            lambda l, w=weight: losses.mse(l, reward, segment, negative_weight=w), p.log())
+            lambda l, w=weight: losses.mse(l, reward, segment, negative_weight=w), p.log()
+        )
         torch.testing.assert_close(value, f64(0.01, 0.64, 0.81 * weight, 0.04 * weight))
         torch.testing.assert_close(gradient, f64(-0.18, -0.32, 1.62 * weight, 0.08 * weight))
 
 
 def test_sft():
-    """The negative log-likelihood of rewarded responses; the others contribute neither value nor gradient."""
-    value, gradient = value_and_gradient(lambda l: losses.sft(l, f64(0, 1), torch.tensor([0, 1, 1])), f64(-1, -2, -3))
+    """The negative log-likelihood of rewarded responses; the others contribute neither value nor
+    gradient."""
+    value, gradient = value_and_gradient(
+        lambda l: losses.sft(l, f64(0, 1), torch.tensor([0, 1, 1])), f64(-1, -2, -3)
+    )
     assert value.tolist() == [0, 2, 3] and gradient.tolist() == [0, -1, -1]
 
 
 @pytest.mark.parametrize("A", [1.0, -1.0, 0.0])
 @pytest.mark.parametrize("name", ["grpo", "sapo", "cispo"])
 def test_runaway_ratio_is_finite(name, A):
-    """exp of a large log-ratio overflows float32, and inf * 0 in a gradient is nan: a policy loss must survive both."""
-    d = torch.tensor([x for x in EXTREME if x != -math.inf or name != "cispo"])  # cispo is logp itself, -inf at p = 0
+    """exp of a large log-ratio overflows float32, and inf * 0 in a gradient is nan: a policy loss
+    must survive both."""
+    d = torch.tensor(
+        [x for x in EXTREME if x != -math.inf or name != "cispo"]
+    )  # cispo is logp itself, -inf at p = 0
     value, gradient = value_and_gradient(
-        lambda l: getattr(losses, name)(l, torch.zeros_like(l), torch.full_like(l, A)), d)
+        lambda l: getattr(losses, name)(l, torch.zeros_like(l), torch.full_like(l, A)), d
+    )
     assert value.isfinite().all() and gradient.isfinite().all()
     assert losses.ratio(d, torch.zeros_like(d)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "k3"])
 def test_extreme_kl(name):
-    """A KL term on a runaway token: finite, >= 0, and its gradient may vanish but never point further away."""
+    """A KL term on a runaway token: finite, >= 0, and its gradient may vanish but never point
+    further away."""
     d = torch.tensor(EXTREME[1:])
     value, gradient = value_and_gradient(lambda l: getattr(losses, name)(l, torch.zeros_like(l)), d)
     assert value.isfinite().all() and gradient.isfinite().all()
@@ -215,16 +262,20 @@ def test_extreme_kl(name):
     assert (gradient * d >= 0).all(), f"gradient {gradient.tolist()} at log-ratios {d.tolist()}"
 
 
-# ---------------------------------------------------------------- exact expectations over a softmax of six
+# ---------------------------------------------------------------- exact expectations over a softmax
+# of six
 
 
 def softmaxes():
     """Logits of pi (differentiable), and log-probabilities of a fixed other policy; six actions."""
-    return torch.randn(6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64).log_softmax(0)
+    return torch.randn(6, dtype=torch.float64, requires_grad=True), torch.randn(
+        6, dtype=torch.float64
+    ).log_softmax(0)
 
 
 def expectation(term, sampler, logits):
-    """E over actions of `term`, and the gradient in the logits of that expectation at fixed samples."""
+    """E over actions of `term`, and the gradient in the logits of that expectation at fixed
+    samples."""
     value = (sampler.exp().detach() * term).sum()
     return value.detach(), torch.autograd.grad(value, logits, retain_graph=True)[0]
 
@@ -235,7 +286,8 @@ def kl(p, q):
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
 def test_estimators_on_own_samples(name):
-    """Tokens from pi: E k1 = E k3 = KL(pi || ref); the gradients are 0, (k2) KL(pi || ref)'s, (k3) KL(ref || pi)'s."""
+    """Tokens from pi: E k1 = E k3 = KL(pi || ref); the gradients are 0, (k2) KL(pi || ref)'s, (k3)
+    KL(ref || pi)'s."""
     logits, q = softmaxes()
     p = logits.log_softmax(0)
     value, gradient = expectation(getattr(losses, name)(p, q), p, logits)
@@ -247,7 +299,8 @@ def test_estimators_on_own_samples(name):
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl"])
 def test_penalties_on_old_samples(name):
-    """Tokens from pi_old: the two penalties are the two directions of the KL, in value and in gradient."""
+    """Tokens from pi_old: the two penalties are the two directions of the KL, in value and in
+    gradient."""
     logits, old = softmaxes()
     p = logits.log_softmax(0)
     value, gradient = expectation(getattr(losses, name)(p, old), old, logits)
@@ -266,7 +319,8 @@ def test_divergence_terms_are_not_negative(name):
 
 @pytest.mark.parametrize("name", ["grpo", "sapo", "cispo"])
 def test_on_policy_is_the_policy_gradient(name):
-    """At pi = pi_old each of the three has gradient -A: the clip must be inactive on the first step."""
+    """At pi = pi_old each of the three has gradient -A: the clip must be inactive on the first
+    step."""
     logp, _, A, _, _ = batch()
     _, gradient = value_and_gradient(lambda l: getattr(losses, name)(l, logp, A), logp)
     torch.testing.assert_close(gradient, -A, rtol=1e-6, atol=0)
@@ -287,13 +341,21 @@ def test_group_advantage(normalize):
         if normalize and len(group) > 1:
             want /= np.std(group, ddof=1) + 1e-6
         assert abs(got[i].item() - (want if len(group) > 1 else 0.0)) < 1e-5
-    assert got.dtype == torch.float32 and losses.group_advantage(torch.empty(0), torch.empty(0).long()).shape == (0,)
+    assert got.dtype == torch.float32 and losses.group_advantage(
+        torch.empty(0), torch.empty(0).long()
+    ).shape == (0,)
 
 
-@given(st.lists(st.tuples(st.floats(-1000, 1000, width=32), st.integers(1, 17)), min_size=1, max_size=5), st.booleans())
+@given(
+    st.lists(
+        st.tuples(st.floats(-1000, 1000, width=32), st.integers(1, 17)), min_size=1, max_size=5
+    ),
+    st.booleans(),
+)
 @settings(max_examples=200)
 def test_equal_rewards_give_exactly_zero(groups, normalize):
-    """1/3 seven times over has a float32 mean that is not 1/3: noise divided by itself would be an advantage."""
+    """1/3 seven times over has a float32 mean that is not 1/3: noise divided by itself would be an
+    advantage."""
     reward = torch.cat([torch.full((n,), value) for value, n in groups])
     prompt = torch.cat([torch.full((n,), i) for i, (_, n) in enumerate(groups)])
     assert losses.group_advantage(reward, prompt, normalize=normalize).eq(0).all()
@@ -322,13 +384,20 @@ def test_aggregate_by_hand():
         losses.aggregate(loss, segment, "median")
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=8), st.integers(0, 2**31),
-       st.sampled_from(["token", "sequence", "fixed"]))
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=8),
+    st.integers(0, 2**31),
+    st.sampled_from(["token", "sequence", "fixed"]),
+)
 def test_micro_batches_add_up(sequences, seed, how):
-    """Any split of the sequences (into empty micro-batches too), given global counts, adds up: value and gradient."""
+    """Any split of the sequences (into empty micro-batches too), given global counts, adds up:
+    value and gradient."""
     torch.manual_seed(seed)
     lengths = [n for n, _ in sequences]
-    weight, logp = torch.randn(sum(lengths), dtype=torch.float64), torch.randn(sum(lengths), dtype=torch.float64)
+    weight, logp = (
+        torch.randn(sum(lengths), dtype=torch.float64),
+        torch.randn(sum(lengths), dtype=torch.float64),
+    )
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     counts = {"tokens": sum(lengths), "sequences": len(lengths), "length": 11}
 
@@ -336,18 +405,24 @@ def test_micro_batches_add_up(sequences, seed, how):
         total = 0
         for micro in range(5):
             members = [i for i, (_, m) in enumerate(sequences) if m == micro]
-            rows = torch.cat([torch.where(segment == i)[0] for i in members] or [torch.empty(0).long()])
+            rows = torch.cat(
+                [torch.where(segment == i)[0] for i in members] or [torch.empty(0).long()]
+            )
             sizes = torch.tensor([lengths[i] for i in members], dtype=torch.long)
             local = torch.repeat_interleave(torch.arange(len(members)), sizes)
             total = total + losses.aggregate(weight[rows] * logp[rows], local, how, **counts)
         return total
 
-    whole = value_and_gradient(lambda l: losses.aggregate(weight * l, segment, how, length=11), logp)
+    whole = value_and_gradient(
+        lambda l: losses.aggregate(weight * l, segment, how, length=11), logp
+    )
     torch.testing.assert_close(value_and_gradient(split, logp), whole)
 
 
 @pytest.mark.parametrize("how", ["token", "sequence", "fixed"])
-@pytest.mark.parametrize("counts", [{}, {"tokens": 5, "sequences": 2}, {"tokens": 0, "sequences": 0}])
+@pytest.mark.parametrize(
+    "counts", [{}, {"tokens": 5, "sequences": 2}, {"tokens": 0, "sequences": 0}]
+)
 def test_empty_micro_batch(how, counts):
     """A rank with nothing left to do contributes 0 and a gradient of 0, not 0/0."""
     logp = torch.empty(0, requires_grad=True)
@@ -360,7 +435,8 @@ def test_empty_micro_batch(how, counts):
 
 
 def test_token_signal():
-    """Numerator minus denominator; either may be absent, and both absent is a mistake in a config."""
+    """Numerator minus denominator; either may be absent, and both absent is a mistake in a
+    config."""
     num, den = f64(-1, -2), f64(-3, -0.5)
     assert losses.token_signal(num, den).tolist() == [2, -1.5]
     assert losses.token_signal(num, None).tolist() == [-1, -2]
@@ -384,7 +460,8 @@ def test_sign_mask():
 
 
 def test_whiten():
-    """Mean 0 and unbiased variance 1; without the shift, zeros stay zeros and only the scale changes."""
+    """Mean 0 and unbiased variance 1; without the shift, zeros stay zeros and only the scale
+    changes."""
     x = 5 + 0.03 * torch.randn(1000, dtype=torch.float64)
     y = losses.whiten(x)
     torch.testing.assert_close(y, (x - x.mean()) / torch.sqrt(x.var() + 1e-8))
@@ -396,7 +473,8 @@ def test_whiten():
 
 
 def test_whiten_degenerate():
-    """One token has no variance (nan); a constant signal has a variance of 0 or of rounding noise (inf)."""
+    """One token has no variance (nan); a constant signal has a variance of 0 or of rounding noise
+    (inf)."""
     for n in (0, 1):
         with pytest.raises(ValueError, match=str(n)):
             losses.whiten(torch.zeros(n))
@@ -419,11 +497,21 @@ def test_teacher_equal_to_reference():
 
 
 def test_diagnostics_before_any_update():
-    """pi = pi_old: ratio 1, nothing clipped even by a clip of 0, both KLs 0. (A ratio that is always 1 is next.)"""
+    """pi = pi_old: ratio 1, nothing clipped even by a clip of 0, both KLs 0. (A ratio that is
+    always 1 is next.)"""
     logp, _, A, reward, segment = batch(dtype=torch.float32)
-    d = losses.diagnostics(logp, logp.clone(), None, A, reward, segment, clip_low=0.0, clip_high=0.0)
+    d = losses.diagnostics(
+        logp, logp.clone(), None, A, reward, segment, clip_low=0.0, clip_high=0.0
+    )
     assert d["ratio_min"] == d["ratio_max"] == 1
-    assert d["clip_low"] == d["clip_high"] == d["kl_reverse"] == d["kl_forward"] == d["log_ratio_q50"] == 0
+    assert (
+        d["clip_low"]
+        == d["clip_high"]
+        == d["kl_reverse"]
+        == d["kl_forward"]
+        == d["log_ratio_q50"]
+        == 0
+    )
     assert "entropy" not in d
     moved = losses.diagnostics(logp + 0.5, logp, None, A, reward, segment)
     assert moved["ratio_max"] > 1 and moved["clip_high"] == (A > 0).double().mean().item()
@@ -436,12 +524,20 @@ def test_diagnostics_by_hand():
     d = losses.diagnostics(p.log(), old.log(), entropy, A, reward, segment)
     rho = [2.0, 0.5, 1.0, 0.8]
     want = {
-        "p_positive": 0.55, "p_negative": 0.45, "ratio_min": 0.5, "ratio_max": 2.0, "entropy": 3.0,
-        "log_ratio_q01": math.log(0.5), "log_ratio_q50": math.log(0.8), "log_ratio_q99": 0.0,
+        "p_positive": 0.55,
+        "p_negative": 0.45,
+        "ratio_min": 0.5,
+        "ratio_max": 2.0,
+        "entropy": 3.0,
+        "log_ratio_q01": math.log(0.5),
+        "log_ratio_q50": math.log(0.8),
+        "log_ratio_q99": 0.0,
         "kl_reverse": sum(r * math.log(r) - r + 1 for r in rho) / 4,
         "kl_forward": sum(r - 1 - math.log(r) for r in rho) / 4,
-        "explained_variance": 1 - np.var([0.1, 0.8, -0.5, -0.4], ddof=1) / np.var([1, 1, 0, 0], ddof=1),
-        "clip_low": 0.25, "clip_high": 0.25,
+        "explained_variance": 1
+        - np.var([0.1, 0.8, -0.5, -0.4], ddof=1) / np.var([1, 1, 0, 0], ddof=1),
+        "clip_low": 0.25,
+        "clip_high": 0.25,
     }
     assert d.keys() == want.keys()
     for name, value in want.items():
@@ -458,10 +554,13 @@ def test_diagnostics_match_the_clip():
 
 
 def test_diagnostics_undefined():
-    """A constant outcome has no variance to explain and one side without tokens: nan, as documented, and no crash."""
+    """A constant outcome has no variance to explain and one side without tokens: nan, as
+    documented, and no crash."""
     logp, old, _, _, segment = batch()
     for value, absent in ((0.0, "p_positive"), (1.0, "p_negative")):
         d = losses.diagnostics(logp, old, None, None, torch.full((4,), value), segment)
         assert math.isnan(d["explained_variance"]) and math.isnan(d[absent]) and "clip_low" not in d
-    perfect = losses.diagnostics(f64(0, -math.inf), f64(0, -1), None, None, f64(1, 0), torch.tensor([0, 1]))
+    perfect = losses.diagnostics(
+        f64(0, -math.inf), f64(0, -1), None, None, f64(1, 0), torch.tensor([0, 1])
+    )
     assert perfect["explained_variance"] == 1

@@ -1,6 +1,8 @@
-"""model.py against transformers (where installed) and against a naive float64 decoder; checkpoint folders; tokenizers.
+"""model.py against transformers (where installed) and against a naive float64 decoder; checkpoint
+folders; tokenizers.
 
-Tiny random checkpoints, weights large enough and norms far enough from 1 that a wrong rotation or a dropped norm shows.
+Tiny random checkpoints, weights large enough and norms far enough from 1 that a wrong rotation
+or a dropped norm shows.
 """
 
 import json
@@ -22,7 +24,8 @@ LENGTHS = [5, 1, 17, 40, 3]  # of the packed sequences: unequal, one of a single
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Fresh weights and tokens every run; the seed of a failure is in its captured output. One thread: tiny shapes."""
+    """Fresh weights and tokens every run; the seed of a failure is in its captured output. One
+    thread: tiny shapes."""
     seed, threads = random.SystemRandom().randrange(2**31), torch.get_num_threads()
     print(f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
@@ -31,16 +34,35 @@ def seed():
     torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------- checkpoint folders written by hand
+# ---------------------------------------------------------------- checkpoint folders written by
+# hand
 
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-SMALL = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 50000.0}
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+}
 HAND = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": False},
-    "llama": {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "llama3", **SCALING},
-              "attention_bias": True, "mlp_bias": True},
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "rope_scaling": {"rope_type": "llama3", **SCALING},
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
 }
 
 
@@ -61,10 +83,13 @@ def randomised(name, tensor):
 
 
 def edit_config(folder, copy, **changes):
-    """A copy of a checkpoint folder with keys of config.json changed, or dropped where the new value is None."""
+    """A copy of a checkpoint folder with keys of config.json changed, or dropped where the new
+    value is None."""
     shutil.copytree(folder, copy)
     config = {**json.loads((folder / "config.json").read_text()), **changes}
-    (copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (copy / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
     return copy
 
 
@@ -91,7 +116,10 @@ def logits(network, tokens, cu_seqlens):
 def assert_near(got, want, tolerance=1e-5):
     """Largest difference, relative to the largest value (but at least to 1)."""
     assert got.shape == want.shape
-    error, scale = (got.double() - want.double()).abs().max().item(), max(1.0, want.abs().max().item())
+    error, scale = (
+        (got.double() - want.double()).abs().max().item(),
+        max(1.0, want.abs().max().item()),
+    )
     assert error <= tolerance * scale, f"off by {error:.2e}, where the largest value is {scale:.2e}"
 
 
@@ -104,15 +132,22 @@ def parameter_gradients(network, loss):
 def assert_gradients_near(got, want, tolerance=2e-5):
     assert got.keys() == want.keys()
     for name in want:
-        error, scale = (got[name] - want[name]).abs().max().item(), max(1e-3, want[name].abs().max().item())
-        assert error <= tolerance * scale, f"{name}: off by {error:.2e}, where the largest value is {scale:.2e}"
+        error, scale = (
+            (got[name] - want[name]).abs().max().item(),
+            max(1e-3, want[name].abs().max().item()),
+        )
+        assert error <= tolerance * scale, (
+            f"{name}: off by {error:.2e}, where the largest value is {scale:.2e}"
+        )
 
 
-# ---------------------------------------------------------------- the golden check: one token and one head at a time
+# ---------------------------------------------------------------- the golden check: one token and
+# one head at a time
 
 
 def naive_logits(raw, weights, tokens):
-    """Logits [T, V] of one sequence in float64, written from the formulas: loops over positions, heads and pairs."""
+    """Logits [T, V] of one sequence in float64, written from the formulas: loops over positions,
+    heads and pairs."""
     W = {name: tensor.double() for name, tensor in weights.items()}
     D, A, K = raw["head_dim"], raw["num_attention_heads"], raw["num_key_value_heads"]
 
@@ -143,7 +178,8 @@ def naive_logits(raw, weights, tokens):
         return y
 
     def heads(layer, name, x, position):
-        """The heads of a projection of x; q and k normalised where the checkpoint has a norm, and rotated."""
+        """The heads of a projection of x; q and k normalised where the checkpoint has a norm, and
+        rotated."""
         parts = list(linear(f"{layer}.self_attn.{name}_proj", x).split(D))
         if name != "v":
             weight = W.get(f"{layer}.self_attn.{name}_norm.weight")
@@ -159,7 +195,9 @@ def naive_logits(raw, weights, tokens):
             mixed = []
             for a in range(A):
                 b = a // (A // K)  # the key/value head of query head a
-                scores = torch.stack([q[t][a] @ k[u][b] / math.sqrt(D) for u in range(t + 1)]).softmax(0)
+                scores = torch.stack(
+                    [q[t][a] @ k[u][b] / math.sqrt(D) for u in range(t + 1)]
+                ).softmax(0)
                 mixed.append(sum(scores[u] * v[u][b] for u in range(t + 1)))
             xs[t] = xs[t] + linear(f"{layer}.self_attn.o_proj", torch.cat(mixed))
             y = norm(xs[t], W[f"{layer}.post_attention_layernorm.weight"])
@@ -174,7 +212,10 @@ def naive_logits(raw, weights, tokens):
 def test_golden(tmp_path, name):
     """The decoder is not the one that the formulas describe (no transformers needed to see it)."""
     folder = write(tmp_path / "m", name)
-    raw, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    raw, weights = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "model.safetensors"),
+    )
     network = M.load(folder, dtype=torch.float32)
     parts = sequences(64, [11, 1, 4])
     got = logits(network, *pack(parts)).split([11, 1, 4])
@@ -182,7 +223,8 @@ def test_golden(tmp_path, name):
         assert_near(mine, naive_logits(raw, weights, part.tolist()), 2e-5)
 
 
-# ---------------------------------------------------------------- packing, cache, log-probs, recompute
+# ---------------------------------------------------------------- packing, cache, log-probs,
+# recompute
 
 
 @pytest.fixture(params=HAND)
@@ -191,14 +233,17 @@ def network(request, tmp_path):
 
 
 def test_packed_is_separate(network):
-    """Positions restart and nothing leaks between sequences, whatever lies beside them and in whatever order."""
+    """Positions restart and nothing leaks between sequences, whatever lies beside them and in
+    whatever order."""
     parts = sequences(64)
     packed = network(*pack(parts)).split(LENGTHS)
     for part, mine in zip(parts, packed, strict=True):
         assert_near(mine, network(*pack([part])))
     for b in range(len(parts)):
         changed = [torch.randint(64, (len(p),)) if i == b else p for i, p in enumerate(parts)]
-        for i, (x, y) in enumerate(zip(network(*pack(changed)).split(LENGTHS), packed, strict=True)):
+        for i, (x, y) in enumerate(
+            zip(network(*pack(changed)).split(LENGTHS), packed, strict=True)
+        ):
             assert i == b or (x - y).abs().max() < 1e-6
     backwards = network(*pack(parts[::-1])).split(LENGTHS[::-1])
     for x, y in zip(backwards[::-1], packed, strict=True):
@@ -215,7 +260,8 @@ def test_causal(network):
 
 
 def test_empty_sequences(network):
-    """A sequence of length 0 inside a pack, or a pack of nothing (a rank with an empty micro-batch), is harmless."""
+    """A sequence of length 0 inside a pack, or a pack of nothing (a rank with an empty micro-
+    batch), is harmless."""
     part = torch.randint(64, (6,))
     with_empty = network(part, torch.tensor([0, 0, 4, 4, 6]))
     assert_near(with_empty, network(part, torch.tensor([0, 4, 6])))
@@ -236,7 +282,8 @@ def test_bad_packing(network):
 
 
 def test_logp_alignment(network):
-    """logp[n] belongs to tokens[scored[n]] and comes from the hidden state before it: the commonest off-by-one here."""
+    """logp[n] belongs to tokens[scored[n]] and comes from the hidden state before it: the commonest
+    off-by-one here."""
     tokens, cu_seqlens = pack(sequences(64))
     scored = torch.tensor([3, 1, 22, 60])
     table = (logits(network, tokens, cu_seqlens) / 0.7).log_softmax(1)
@@ -247,7 +294,8 @@ def test_logp_alignment(network):
 
 
 def test_cached_decoding(network):
-    """Prompts shared by scattered slots, decoding, moved and reused slots: all equal to the whole forward pass."""
+    """Prompts shared by scattered slots, decoding, moved and reused slots: all equal to the whole
+    forward pass."""
     prompts, prompt = sequences(64, [3, 7, 1]), torch.tensor([0, 0, 1, 2, 1])
     slot, steps, S = torch.tensor([4, 0, 2, 1, 3]), 6, 5
     cache = M.Cache(network, S, 16)
@@ -259,18 +307,22 @@ def test_cached_decoding(network):
         new = torch.randint(64, (len(texts),))
         lengths = torch.tensor([len(t) for t in texts])
         hidden = network.decode(new, lengths, cache, int(lengths.max()) + 1)
-        texts = [torch.cat((t, new[i:i + 1])) for i, t in enumerate(texts)]
+        texts = [torch.cat((t, new[i : i + 1])) for i, t in enumerate(texts)]
         for mine, text in zip(hidden, texts, strict=True):
             assert_near(mine, network(*pack([text]))[-1])
         return texts
 
     for _ in range(steps):
         texts = step(texts)
-    cache.move([4, 3], [0, 2], max(len(t) for t in texts))  # slots 0 and 2 are finished: the last two take their place
+    cache.move(
+        [4, 3], [0, 2], max(len(t) for t in texts)
+    )  # slots 0 and 2 are finished: the last two take their place
     texts = [texts[4], texts[1], texts[3]]
     for _ in range(2):
         texts = step(texts)
-    late = torch.randint(64, (4,))  # and a new prompt takes a used slot, whose old keys lie beyond its end
+    late = torch.randint(
+        64, (4,)
+    )  # and a new prompt takes a used slot, whose old keys lie beyond its end
     network.prefill(*pack([late]), cache, torch.tensor([0]), torch.tensor([1]))
     step([texts[0], late, texts[2]])
 
@@ -300,21 +352,28 @@ def refused(folder, *words):
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"architectures": ["MistralForCausalLM"]}, ["config.json", "MistralForCausalLM"]),
-    ({"architectures": None}, ["config.json", "architecture"]),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["config.json", "yarn"]),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["config.json", "yarn"]),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, ["config.json", "linear"]),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["config.json", "low_freq_factor"]),
-    ({"partial_rotary_factor": 0.5}, ["config.json", "partial_rotary_factor"]),
-    ({"use_sliding_window": True, "sliding_window": 8}, ["config.json", "sliding"]),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, ["config.json", "sliding"]),
-    ({"hidden_act": "gelu"}, ["config.json", "hidden_act", "gelu"]),
-    ({"num_attention_heads": None}, ["config.json", "num_attention_heads"]),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"architectures": ["MistralForCausalLM"]}, ["config.json", "MistralForCausalLM"]),
+        ({"architectures": None}, ["config.json", "architecture"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["config.json", "yarn"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["config.json", "yarn"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, ["config.json", "linear"]),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            ["config.json", "low_freq_factor"],
+        ),
+        ({"partial_rotary_factor": 0.5}, ["config.json", "partial_rotary_factor"]),
+        ({"use_sliding_window": True, "sliding_window": 8}, ["config.json", "sliding"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["config.json", "sliding"]),
+        ({"hidden_act": "gelu"}, ["config.json", "hidden_act", "gelu"]),
+        ({"num_attention_heads": None}, ["config.json", "num_attention_heads"]),
+    ],
+)
 def test_config_refused(tmp_path, changes, words):
-    """What this file does not compute must stop at the config, by name, rather than compute something else."""
+    """What this file does not compute must stop at the config, by name, rather than compute
+    something else."""
     refused(edit_config(write(tmp_path / "m"), tmp_path / "bad", **changes), *words)
 
 
@@ -328,9 +387,12 @@ def test_not_a_checkpoint(tmp_path):
     refused(folder, str(folder), "model.safetensors")
 
 
-@pytest.mark.parametrize("damage", ["missing", "misshapen", "unexpected", "nan", "inf", "missing head"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "misshapen", "unexpected", "nan", "inf", "missing head"]
+)
 def test_tensors_refused(tmp_path, damage):
-    """A checkpoint that does not fill the network exactly, or holds nan, must be refused by the tensor's name."""
+    """A checkpoint that does not fill the network exactly, or holds nan, must be refused by the
+    tensor's name."""
     folder, name = write(tmp_path / "m", "qwen2"), "model.layers.1.self_attn.k_proj.bias"
 
     def edit(state):
@@ -351,12 +413,19 @@ def test_tensors_refused(tmp_path, damage):
 
 
 def test_harmless_extras(tmp_path):
-    """A tied checkpoint that still carries its head, and rope buffers of old exports, load as they are."""
+    """A tied checkpoint that still carries its head, and rope buffers of old exports, load as they
+    are."""
     folder = write(tmp_path / "m")
     want = M.load(folder, dtype=torch.float32)
-    edit_tensors(folder, lambda state: state.update({
-        "lm_head.weight": state["model.embed_tokens.weight"].clone(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    edit_tensors(
+        folder,
+        lambda state: state.update(
+            {
+                "lm_head.weight": state["model.embed_tokens.weight"].clone(),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+            }
+        ),
+    )
     batch = pack(sequences(64))
     assert torch.equal(M.load(folder, dtype=torch.float32)(*batch), want(*batch))
 
@@ -377,14 +446,21 @@ def shard(folder):
     for i, part in enumerate((names[::2], names[1::2]), 1):
         save_file({n: state[n] for n in part}, folder / f"model-0000{i}-of-00002.safetensors")
         where.update(dict.fromkeys(part, f"model-0000{i}-of-00002.safetensors"))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     (folder / "model.safetensors").unlink()
 
 
 def test_shards(tmp_path):
-    """An index and its files are one checkpoint, the same one as the single file that a re-save makes of it."""
+    """An index and its files are one checkpoint, the same one as the single file that a re-save
+    makes of it."""
     folder = write(tmp_path / "m")
-    want, whole, batch = M.load(folder, dtype=torch.float32), M.fingerprint(folder), pack(sequences(64))
+    want, whole, batch = (
+        M.load(folder, dtype=torch.float32),
+        M.fingerprint(folder),
+        pack(sequences(64)),
+    )
     shard(folder)
     got = M.load(folder, dtype=torch.float32)
     assert torch.equal(got(*batch), want(*batch))
@@ -409,7 +485,8 @@ def test_broken_shards(tmp_path):
 
 
 def test_save(tmp_path, network):
-    """A copy has the same bits, dtype and side files, replaces what was there, and leaves nothing half-written."""
+    """A copy has the same bits, dtype and side files, replaces what was there, and leaves nothing
+    half-written."""
     (network.source / "tokenizer.json").write_text("{}")
     (network.source / "chat_template.jinja").write_text("x")
     (network.source / "optimizer.pt").write_text("not ours to carry")
@@ -417,10 +494,17 @@ def test_save(tmp_path, network):
     out.mkdir(parents=True)
     (out / "stale").write_text("")
     M.save(network, out)
-    assert sorted(f.name for f in out.iterdir()) == ["chat_template.jinja", "config.json", "model.safetensors",
-                                                     "tokenizer.json"]
+    assert sorted(f.name for f in out.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert [f.name for f in out.parent.iterdir()] == ["copy"]
-    got, want = load_file(out / "model.safetensors"), load_file(network.source / "model.safetensors")
+    got, want = (
+        load_file(out / "model.safetensors"),
+        load_file(network.source / "model.safetensors"),
+    )
     assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
     assert M.fingerprint(out) == M.fingerprint(network.source)
     doubled = {name: 2 * p.detach() for name, p in network.named_parameters()}
@@ -433,24 +517,34 @@ def test_save_bfloat16(tmp_path):
     """Half-precision weights stay so, and config.json says it."""
     network = M.load(write(tmp_path / "m", torch_dtype="float32"))
     M.save(network, tmp_path / "copy")
-    assert M.stored_dtype(tmp_path / "m") == torch.float32 and M.stored_dtype(tmp_path / "copy") == torch.bfloat16
+    assert (
+        M.stored_dtype(tmp_path / "m") == torch.float32
+        and M.stored_dtype(tmp_path / "copy") == torch.bfloat16
+    )
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     again = M.load(tmp_path / "copy")
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True)
+    )
     with safe_open(tmp_path / "copy" / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"  # transformers refuses a file without it
 
 
 def test_fingerprint(tmp_path):
-    """One weight or one setting changed is another policy; a re-save or the config's other spelling is the same one."""
+    """One weight or one setting changed is another policy; a re-save or the config's other spelling
+    is the same one."""
     folder = write(tmp_path / "m")
     first = M.fingerprint(folder)
     assert len(first) == 16 and int(first, 16) >= 0
     M.save(M.load(folder, dtype=torch.float32), tmp_path / "copy")
     M.save(M.load(tmp_path / "copy", dtype=torch.float32), tmp_path / "copy of copy")
     assert M.fingerprint(tmp_path / "copy") == M.fingerprint(tmp_path / "copy of copy") == first
-    spelled = edit_config(folder, tmp_path / "spelled", rope_theta=None,
-                          rope_parameters={"rope_type": "default", "rope_theta": 50000.0})
+    spelled = edit_config(
+        folder,
+        tmp_path / "spelled",
+        rope_theta=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
+    )
     assert M.fingerprint(spelled) == first
     assert M.fingerprint(edit_config(folder, tmp_path / "theta", rope_theta=50001.0)) != first
     edit_tensors(folder, lambda state: state["model.norm.weight"][3].add_(1e-6))
@@ -458,7 +552,8 @@ def test_fingerprint(tmp_path):
 
 
 def test_rope_spellings(tmp_path):
-    """theta and llama3 scaling in the words of transformers 4 (two ways) and 5 are one network; dropped, another."""
+    """theta and llama3 scaling in the words of transformers 4 (two ways) and 5 are one network;
+    dropped, another."""
     spellings = {
         "type": {"rope_theta": 7e5, "rope_scaling": {"type": "llama3", **SCALING}},
         "rope_type": {"rope_theta": 7e5, "rope_scaling": {"rope_type": "llama3", **SCALING}},
@@ -467,37 +562,86 @@ def test_rope_spellings(tmp_path):
         "default": {"rope_scaling": {"rope_type": "llama3", **SCALING}},
     }
     folder, batch = write(tmp_path / "m", "llama"), pack(sequences(64))
-    out = {name: M.load(edit_config(folder, tmp_path / name, **{"rope_theta": None, "rope_scaling": None, **keys}),
-                        dtype=torch.float32)(*batch) for name, keys in spellings.items()}
-    assert torch.equal(out["type"], out["rope_type"]) and torch.equal(out["type"], out["parameters"])
+    out = {
+        name: M.load(
+            edit_config(
+                folder, tmp_path / name, **{"rope_theta": None, "rope_scaling": None, **keys}
+            ),
+            dtype=torch.float32,
+        )(*batch)
+        for name, keys in spellings.items()
+    }
+    assert torch.equal(out["type"], out["rope_type"]) and torch.equal(
+        out["type"], out["parameters"]
+    )
     for other in ("plain", "default"):
         assert (out[other] - out["type"]).abs().max() > 1e-2  # the comparison above is not vacuous
 
 
 def test_config_defaults(tmp_path):
-    """Keys that a config may leave out: heads without groups, the head width, an untied head, theta of 10,000."""
-    raw = {k: v for k, v in SMALL.items() if k not in ("head_dim", "num_key_value_heads", "rope_theta", "rms_norm_eps")}
-    (tmp_path / "config.json").write_text(json.dumps({**raw, "architectures": ["LlamaForCausalLM"]}))
-    assert M.read_config(tmp_path) == M.Config(vocab=64, hidden=24, layers=2, heads=4, kv_heads=4, head_dim=6,
-                                               intermediate=20, tied=False, qk_norm=False)
+    """Keys that a config may leave out: heads without groups, the head width, an untied head, theta
+    of 10,000."""
+    raw = {
+        k: v
+        for k, v in SMALL.items()
+        if k not in ("head_dim", "num_key_value_heads", "rope_theta", "rms_norm_eps")
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({**raw, "architectures": ["LlamaForCausalLM"]})
+    )
+    assert M.read_config(tmp_path) == M.Config(
+        vocab=64,
+        hidden=24,
+        layers=2,
+        heads=4,
+        kv_heads=4,
+        head_dim=6,
+        intermediate=20,
+        tied=False,
+        qk_norm=False,
+    )
 
 
 # ---------------------------------------------------------------- parity with transformers
 
-COMMON = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.15}
+COMMON = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+}
 
 
 def rope(theta, **scaling):
-    return {"rope_parameters": {"rope_type": "llama3" if scaling else "default", "rope_theta": theta, **scaling}}
+    return {
+        "rope_parameters": {
+            "rope_type": "llama3" if scaling else "default",
+            "rope_theta": theta,
+            **scaling,
+        }
+    }
 
 
 ARCHITECTURES = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 4, "tie_word_embeddings": False, **rope(1e4)}),
     "llama tied": ("LlamaConfig", {"head_dim": 32, "tie_word_embeddings": True, **rope(7e7)}),
-    "llama3 scaling": ("LlamaConfig", {"head_dim": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-                                       **rope(5e5, **SCALING)}),
-    "llama biases": ("LlamaConfig", {"head_dim": 32, "attention_bias": True, "mlp_bias": True, **rope(1e4)}),
+    "llama3 scaling": (
+        "LlamaConfig",
+        {
+            "head_dim": 32,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            **rope(5e5, **SCALING),
+        },
+    ),
+    "llama biases": (
+        "LlamaConfig",
+        {"head_dim": 32, "attention_bias": True, "mlp_bias": True, **rope(1e4)},
+    ),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": False, **rope(1e6)}),
     "qwen2 tied": ("Qwen2Config", {"head_dim": 32, "tie_word_embeddings": True, **rope(1e4)}),
     "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False, **rope(5e6)}),
@@ -508,11 +652,16 @@ ARCHITECTURES = {
 
 @pytest.fixture(params=ARCHITECTURES)
 def theirs(request):
-    """A tiny random model of transformers, every 1-D parameter perturbed: norms of 1 and biases of 0 hide mistakes."""
+    """A tiny random model of transformers, every 1-D parameter perturbed: norms of 1 and biases of
+    0 hide mistakes."""
     transformers = pytest.importorskip("transformers")
     kind, changes = ARCHITECTURES[request.param]
     config = getattr(transformers, kind)(**{**COMMON, **changes})
-    network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    network = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        .float()
+        .eval()
+    )
     with torch.no_grad():
         for p in network.parameters():
             if p.ndim == 1:
@@ -523,8 +672,10 @@ def theirs(request):
 def reload(folder):
     """The folder in transformers, having loaded every tensor and wanted no other."""
     import transformers
+
     network, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
     assert not any(info.values()), info
     return network
 
@@ -535,11 +686,15 @@ def test_parity(tmp_path, theirs):
     mine = M.load(tmp_path / "m", dtype=torch.float32)
     parts = sequences(512)
     tokens, cu_seqlens = pack(parts)
-    want = torch.cat([theirs(part[None], use_cache=False).logits[0] for part in parts])  # each sequence alone
+    want = torch.cat(
+        [theirs(part[None], use_cache=False).logits[0] for part in parts]
+    )  # each sequence alone
     assert want.detach().std() > 0.3 and mine.config.tied == theirs.config.tie_word_embeddings
     assert_near(logits(mine, tokens, cu_seqlens), want)
 
-    scored = torch.tensor([2, 4, 7, 22, 23, 40, 62, 64, 65])  # a masked NLL; none is the first of its sequence
+    scored = torch.tensor(
+        [2, 4, 7, 22, 23, 40, 62, 64, 65]
+    )  # a masked NLL; none is the first of its sequence
     nll = -want.log_softmax(1)[scored - 1, tokens[scored]].mean()
     ours = -mine.logp(tokens, cu_seqlens, scored)[0].mean()
     assert_near(ours, nll)
@@ -548,7 +703,9 @@ def test_parity(tmp_path, theirs):
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
     sharded = M.load(tmp_path / "sharded", dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(sharded.parameters(), mine.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(sharded.parameters(), mine.parameters(), strict=True)
+    )
 
     M.save(sharded, tmp_path / "copy")
     again = reload(tmp_path / "copy")
@@ -565,8 +722,13 @@ def test_parity_of_old_configs(tmp_path, theirs):
     scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
     kind = scaling.pop("rope_type")
     for key in ("type", "rope_type"):
-        old = edit_config(tmp_path / "m", tmp_path / key, rope_parameters=None, rope_theta=parameters["rope_theta"],
-                          rope_scaling=None if kind == "default" else {key: kind, **scaling})
+        old = edit_config(
+            tmp_path / "m",
+            tmp_path / key,
+            rope_parameters=None,
+            rope_theta=parameters["rope_theta"],
+            rope_scaling=None if kind == "default" else {key: kind, **scaling},
+        )
         assert M.read_config(old) == M.read_config(tmp_path / "m")
 
 
@@ -601,9 +763,13 @@ TOOLS = """{{ bos_token }}{% set ns = namespace(turn=0) %}
 {% endfor %}
 {% if add_generation_prompt %}[assistant]{% endif %}"""
 CONVERSATIONS = [
-    [{"role": "user", "content": "What is 1 < 2 & \"é\"? \n 日本 🙂 "}],
-    [{"role": "system", "content": "Be <brief>."}, {"role": "user", "content": "a\\b\n"},
-     {"role": "assistant", "content": "'c'"}, {"role": "user", "content": ""}],
+    [{"role": "user", "content": 'What is 1 < 2 & "é"? \n 日本 🙂 '}],
+    [
+        {"role": "system", "content": "Be <brief>."},
+        {"role": "user", "content": "a\\b\n"},
+        {"role": "assistant", "content": "'c'"},
+        {"role": "user", "content": ""},
+    ],
 ]
 
 
@@ -611,13 +777,19 @@ CONVERSATIONS = [
 def bpe(tmp_path_factory):
     """A byte-level BPE trained here, as tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"])
-    backend.train_from_iterator(["the user asks, the assistant thinks and answers: 12 + 34 = 46\n"] * 20, trainer)
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"],
+    )
+    backend.train_from_iterator(
+        ["the user asks, the assistant thinks and answers: 12 + 34 = 46\n"] * 20, trainer
+    )
     file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     backend.save(str(file))
     return file
@@ -635,52 +807,82 @@ def tokenizer(folder, bpe, **files):
 @pytest.mark.parametrize("template", [CHATML, TOOLS], ids=["chatml", "tojson"])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_template_parity(tmp_path, bpe, template, messages):
-    """The prompt's text and ids are those of transformers' apply_chat_template, whatever the template's switch."""
+    """The prompt's text and ids are those of transformers' apply_chat_template, whatever the
+    template's switch."""
     transformers = pytest.importorskip("transformers")
     shutil.copy(bpe, tmp_path / "raw.json")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "raw.json"), bos_token="<s>",
-                                                  eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "raw.json"),
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
     theirs.chat_template = template
     theirs.save_pretrained(tmp_path)
     mine = M.Tokenizer(tmp_path)
     for switch in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
-        want = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
+        want = theirs.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **switch
+        )
         assert mine.render(messages, **switch) == want
         assert mine.encode(want) == theirs.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, **switch)
+            messages, add_generation_prompt=True, return_dict=False, **switch
+        )
     assert want.endswith("<think>\n") or template is TOOLS
 
 
 def test_template_sources(tmp_path, bpe):
-    """chat_template.jinja wins over tokenizer_config.json, whose template may be a list; none means plain text."""
+    """chat_template.jinja wins over tokenizer_config.json, whose template may be a list; none means
+    plain text."""
     messages = CONVERSATIONS[0]
     assert tokenizer(tmp_path / "base", bpe).render(messages) == messages[0]["content"]
-    one = {"chat_template": "one {{ messages | length }}{{ eos_token }}", "eos_token": {"content": "<|im_end|>"}}
-    assert tokenizer(tmp_path / "one", bpe, tokenizer_config=one).render(messages) == "one 1<|im_end|>"
-    named = {"chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}]}
+    one = {
+        "chat_template": "one {{ messages | length }}{{ eos_token }}",
+        "eos_token": {"content": "<|im_end|>"},
+    }
+    assert (
+        tokenizer(tmp_path / "one", bpe, tokenizer_config=one).render(messages) == "one 1<|im_end|>"
+    )
+    named = {
+        "chat_template": [
+            {"name": "tool_use", "template": "no"},
+            {"name": "default", "template": "two"},
+        ]
+    }
     assert tokenizer(tmp_path / "list", bpe, tokenizer_config=named).render(messages) == "two"
     (tmp_path / "list" / "chat_template.jinja").write_text("three")
     assert M.Tokenizer(tmp_path / "list").render(messages) == "three"
 
 
 def test_template_refuses(tmp_path, bpe):
-    """A template's own raise_exception, and a template that does not parse, are ValueErrors with its words."""
+    """A template's own raise_exception, and a template that does not parse, are ValueErrors with
+    its words."""
     template = {"chat_template": TOOLS, "bos_token": "<s>", "eos_token": None}
     with pytest.raises(ValueError, match="unknown role tool"):
-        tokenizer(tmp_path, bpe, tokenizer_config=template).render([{"role": "tool", "content": ""}])
+        tokenizer(tmp_path, bpe, tokenizer_config=template).render(
+            [{"role": "tool", "content": ""}]
+        )
     with pytest.raises(ValueError, match="template"):
-        tokenizer(tmp_path, bpe, tokenizer_config={"chat_template": "{% if %}"}).render(CONVERSATIONS[0])
+        tokenizer(tmp_path, bpe, tokenizer_config={"chat_template": "{% if %}"}).render(
+            CONVERSATIONS[0]
+        )
 
 
-@pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ ''.__class__.mro() }}",
-    "{{ raise_exception.__globals__ }}x{{ 1 }}",
-    "{{ messages.__init__.__globals__['os'].system('touch ' + messages[0].content) }}",
-    "{{ cycler.__init__.__globals__.os.system('touch ' + messages[0].content) }}",
-    "{{ messages.append(1) }}", "{{ messages[0].update({'role': 'x'}) }}",
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ ''.__class__.mro() }}",
+        "{{ raise_exception.__globals__ }}x{{ 1 }}",
+        "{{ messages.__init__.__globals__['os'].system('touch ' + messages[0].content) }}",
+        "{{ cycler.__init__.__globals__.os.system('touch ' + messages[0].content) }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+    ],
+)
 def test_hostile_template(tmp_path, bpe, template):
-    """A downloaded template must not reach Python's objects, run a command or change the conversation."""
+    """A downloaded template must not reach Python's objects, run a command or change the
+    conversation."""
     mark = tmp_path / "executed"
     messages = [{"role": "user", "content": str(mark)}]
     mine = tokenizer(tmp_path / "t", bpe, tokenizer_config={"chat_template": template})
@@ -700,7 +902,10 @@ def test_text_round_trip(bpe, text):
     """Any text survives encode and decode (byte-level), and encode adds nothing."""
     mine = M.Tokenizer(bpe.parent)
     assert mine.decode(mine.encode(text), special=True) == text
-    assert "".join(mine.decode([i], special=True) for i in mine.encode("plain")) == "plain" and mine.encode("") == []
+    assert (
+        "".join(mine.decode([i], special=True) for i in mine.encode("plain")) == "plain"
+        and mine.encode("") == []
+    )
 
 
 def test_special_tokens(bpe):
@@ -708,13 +913,23 @@ def test_special_tokens(bpe):
     mine = M.Tokenizer(bpe.parent)
     ids = mine.encode("<|im_start|>é🙂<|im_end|>")
     assert ids[0] == 1 and ids[-1] == 2
-    assert mine.decode(ids) == "é🙂" and mine.decode(torch.tensor(ids), special=True) == "<|im_start|>é🙂<|im_end|>"
+    assert (
+        mine.decode(ids) == "é🙂"
+        and mine.decode(torch.tensor(ids), special=True) == "<|im_start|>é🙂<|im_end|>"
+    )
 
 
-@pytest.mark.parametrize("generation, config, stop", [
-    ({"eos_token_id": 2}, {"eos_token_id": 0}, (2,)), ({"eos_token_id": [2, 0]}, {}, (2, 0)),
-    ({}, {"eos_token_id": 0}, (0,)), ({}, {"eos_token_id": [0, 2]}, (0, 2)), ({"eos_token_id": 0}, {}, (0,)),
-    ({}, {}, ())])
+@pytest.mark.parametrize(
+    "generation, config, stop",
+    [
+        ({"eos_token_id": 2}, {"eos_token_id": 0}, (2,)),
+        ({"eos_token_id": [2, 0]}, {}, (2, 0)),
+        ({}, {"eos_token_id": 0}, (0,)),
+        ({}, {"eos_token_id": [0, 2]}, (0, 2)),
+        ({"eos_token_id": 0}, {}, (0,)),
+        ({}, {}, ()),
+    ],
+)
 def test_stop_tokens(tmp_path, bpe, generation, config, stop):
     """generation_config.json decides, else config.json; one id or several; an id of 0 is an id."""
     assert tokenizer(tmp_path, bpe, generation_config=generation, config=config).stop == stop
