@@ -1,7 +1,8 @@
 """kernels.py - from hidden states to log-probabilities without ever holding the [T, V] logits.
 
 An RL loss needs two numbers of every token: the log-probability of the token that was taken and,
-sometimes, the entropy of the distribution it came from. With logits x = hidden @ head.T / temperature
+sometimes, the entropy of the distribution it came from. With logits
+x = hidden @ head.T / temperature
 
     logp_t    = x_t[target_t] - lse_t,         lse_t = log sum_v exp(x_tv)
     entropy_t = lse_t - sum_v p_tv x_tv,       p = softmax(x)
@@ -11,10 +12,11 @@ and, for upstream gradients g (of logp) and h (of entropy),
     d/dx_tv   = g_t (1[v = target_t] - p_tv) - h_t p_tv (x_tv - sum_u p_tu x_tu).
 
 The vocabulary is walked in slices. The forward pass folds each slice of logits into a running
-(max, sum, sum p x, target logit) per token, as online softmax does; the backward pass recomputes the
-slice, turns it into d/dx in place, and multiplies once for d hidden (accumulated in float32) and once
-for that slice's rows of d head. Matrix products are torch's; what is done to a slice between them is
-one Triton pass on a GPU and the same arithmetic in plain torch elsewhere. The plain form is the oracle.
+(max, sum, sum p x, target logit) per token, as online softmax does; the backward pass recomputes
+the slice, turns it into d/dx in place, and multiplies once for d hidden (accumulated in float32)
+and once for that slice's rows of d head. Matrix products are torch's; what is done to a slice
+between them is one Triton pass on a GPU and the same arithmetic in plain torch elsewhere. The
+plain form is the oracle.
 
 `linear_kl` is the exact KL(p || q) of two policies over the whole vocabulary, by chunks of tokens.
 
@@ -42,11 +44,14 @@ def linear_logp(hidden, head, targets, *, temperature=1.0, entropy=True):
     through both. The products accumulate in float32. Raises ValueError on shapes that do not fit.
     """
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(f"hidden [T, H] and head [V, H] do not fit: {tuple(hidden.shape)} and {tuple(head.shape)}")
+        raise ValueError("hidden [T, H] and head [V, H] do not fit: "
+                         f"{tuple(hidden.shape)} and {tuple(head.shape)}")
     if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be [{hidden.shape[0]}], one a row of hidden, not {list(targets.shape)}")
+        raise ValueError(f"targets must be [{hidden.shape[0]}], one a row of hidden, "
+                         f"not {list(targets.shape)}")
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0 (greedy has no log-probabilities), not {temperature}")
+        raise ValueError("temperature must be above 0 (greedy has no log-probabilities), "
+                         f"not {temperature}")
     logp, H = _LinearLogp.apply(hidden, head, targets.long(), 1.0 / temperature, entropy)
     return logp, (H if entropy else None)
 
@@ -56,7 +61,8 @@ class _LinearLogp(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, scale, entropy):
         T = len(hidden)
         top = hidden.new_full((T,), float("-inf"), dtype=torch.float32)  # running max of x
-        total, moment, picked = (torch.zeros_like(top) for _ in range(3))  # sum e^(x-top), sum e^(x-top) x, x[target]
+        # sum e^(x-top), sum e^(x-top) x, x[target]
+        total, moment, picked = (torch.zeros_like(top) for _ in range(3))
         fold = _fold_triton if _use_triton(hidden) else _fold
         for rows in _slices(T, len(head)):
             x = _product(hidden, head[rows].T)  # [T, S]
@@ -72,7 +78,8 @@ class _LinearLogp(torch.autograd.Function):
         hidden, head, targets, lse, mean = ctx.saved_tensors
         h = h if ctx.entropy else torch.zeros_like(g)
         need_hidden, need_head = ctx.needs_input_grad[:2]
-        d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
+        d_hidden = (torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+                    if need_hidden else None)
         d_head = torch.empty_like(head) if need_head else None
         grad = _grad_triton if _use_triton(hidden) else _grad
         for rows in _slices(len(hidden), len(head)):
@@ -86,7 +93,9 @@ class _LinearLogp(torch.autograd.Function):
 
 
 def logits(hidden, head):
-    """hidden [S, H] @ head.T [H, V] -> [S, V] in float32, for the few rows that a sampler decodes at a time."""
+    """hidden [S, H] @ head.T [H, V] -> [S, V] in float32,
+    for the few rows that a sampler decodes at a time.
+    """
     return _product(hidden, head.T)
 
 
@@ -106,10 +115,13 @@ def _product(a, b):
 
 
 def _fold(x, scale, target, top, total, moment, picked):
-    """Fold a slice into the running sums, in place. `target` counts from the slice's first column."""
+    """Fold a slice into the running sums, in place.
+
+    `target` counts from the slice's first column.
+    """
     x = x * scale
     new_top = torch.maximum(top, x.amax(1))
-    shift = torch.where(new_top.isneginf(), 0.0, new_top)  # a slice (or row) of -inf must not give nan
+    shift = torch.where(new_top.isneginf(), 0.0, new_top)  # a slice (or row) of -inf gives no nan
     old = torch.exp(top - shift)
     e = torch.exp(x - shift[:, None])  # [T, S]
     total.mul_(old).add_(e.sum(1))
@@ -139,7 +151,8 @@ def _use_triton(tensor):
 if triton is not None:
 
     @triton.jit
-    def _fold_kernel(x_ptr, target_ptr, top_ptr, total_ptr, moment_ptr, picked_ptr, S, scale, BLOCK: tl.constexpr):
+    def _fold_kernel(x_ptr, target_ptr, top_ptr, total_ptr, moment_ptr, picked_ptr, S, scale,
+                     BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)  # T * S may pass 2^31
         target = tl.load(target_ptr + row)
         top = tl.load(top_ptr + row)
@@ -163,7 +176,8 @@ if triton is not None:
         tl.store(picked_ptr + row, picked)
 
     @triton.jit
-    def _grad_kernel(x_ptr, target_ptr, lse_ptr, mean_ptr, g_ptr, h_ptr, S, scale, BLOCK: tl.constexpr):
+    def _grad_kernel(x_ptr, target_ptr, lse_ptr, mean_ptr, g_ptr, h_ptr, S, scale,
+                     BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(target_ptr + row)
         lse = tl.load(lse_ptr + row)
@@ -181,7 +195,8 @@ if triton is not None:
 def _fold_triton(x, scale, target, top, total, moment, picked):
     if x.numel():
         block = min(4096, triton.next_power_of_2(x.shape[1]))
-        _fold_kernel[(len(x),)](x, target, top, total, moment, picked, x.shape[1], scale, BLOCK=block)
+        _fold_kernel[(len(x),)](x, target, top, total, moment, picked, x.shape[1], scale,
+                                BLOCK=block)
 
 
 def _grad_triton(x, scale, target, lse, mean, g, h):
@@ -198,15 +213,18 @@ def _grad_triton(x, scale, target, lse, mean, g, h):
 def linear_kl(hidden_p, head_p, hidden_q, head_q, *, temperature=1.0):
     """Exact KL(p || q) of every token over the whole vocabulary, in nats: [T] float32.
 
-    hidden_p [T, H], head_p [V, H] and hidden_q [T, H'], head_q [V, H'] are the two policies' last hidden
-    states and output projections. Differentiable in all four; the logits are recomputed chunk by chunk.
+    hidden_p [T, H], head_p [V, H] and hidden_q [T, H'], head_q [V, H'] are the two policies' last
+    hidden states and output projections. Differentiable in all four; the logits are recomputed
+    chunk by chunk.
     """
     if len(hidden_p) != len(hidden_q) or len(head_p) != len(head_q):
-        raise ValueError(f"the two policies differ in tokens or vocabulary: hidden {tuple(hidden_p.shape)} and "
-                         f"{tuple(hidden_q.shape)}, head {tuple(head_p.shape)} and {tuple(head_q.shape)}")
+        raise ValueError("the two policies differ in tokens or vocabulary: "
+                         f"hidden {tuple(hidden_p.shape)} and {tuple(hidden_q.shape)}, "
+                         f"head {tuple(head_p.shape)} and {tuple(head_q.shape)}")
     step = max(1, SLICE_ELEMENTS // len(head_p))
-    chunks = [checkpoint(_kl, hidden_p[i:i + step], head_p, hidden_q[i:i + step], head_q, temperature,
-                         use_reentrant=False) for i in range(0, max(len(hidden_p), 1), step)]
+    chunks = [checkpoint(_kl, hidden_p[i:i + step], head_p, hidden_q[i:i + step], head_q,
+                         temperature, use_reentrant=False)
+              for i in range(0, max(len(hidden_p), 1), step)]
     return torch.cat(chunks)
 
 

@@ -5,22 +5,24 @@ ERPD trains a policy twice on one fixed batch of rollouts drawn from pi_old:
   stage 1   many steps on a loss below (CE, SAPO, GRPO, MSE, ...), pushed until the policy is in an
             extreme region. That policy is only a teacher, pi_ext.
   stage 2   the teacher's token signal   r_t = log pi_num(y_t|s_t) - log pi_den(y_t|s_t)
-            (pi_num = pi_ext, pi_den = pi_old in the simplest case) is whitened over the batch and used
-            as the advantage of a clipped surrogate that starts again from pi_old:
+            (pi_num = pi_ext, pi_den = pi_old in the simplest case) is whitened over the batch and
+            used as the advantage of a clipped surrogate that starts again from pi_old:
 
                 token_signal -> sign_mask -> whiten -> grpo (the PPO clip)
 
             The clip and a small number of steps are the trust region.
 
-Shapes. T counts response tokens only (end-of-sequence included, prompt excluded) of all sequences of a
-micro-batch; B counts sequences; `segment` [T] int64 is the index of each token's sequence. Everything is
-packed, nothing is padded. `logp` [T] are log-probabilities under the policy being trained, `old_logp`
-[T] under the policy that generated the batch, both float32; rho = exp(logp - old_logp).
+Shapes. T counts response tokens only (end-of-sequence included, prompt excluded) of all sequences
+of a micro-batch; B counts sequences; `segment` [T] int64 is the index of each token's sequence.
+Everything is packed, nothing is padded. `logp` [T] are log-probabilities under the policy being
+trained, `old_logp` [T] under the policy that generated the batch, both float32;
+rho = exp(logp - old_logp).
 A token loss maps [T] -> [T] and is averaged by `aggregate`, over the *global* minibatch. Everything
 here is minimised. No function modifies its inputs.
 
-Sources: ERPD 2605.25582; PPO 1707.06347; GRPO 2402.03300; clip-higher (DAPO) 2503.14476; Dr.GRPO
-2503.20783; SAPO 2511.20347; CISPO 2506.13585; implicit reward (CE) 2412.01981; KL estimators: Schulman 2020.
+Sources: ERPD 2605.25582; PPO 1707.06347; GRPO 2402.03300; clip-higher (DAPO) 2503.14476;
+Dr.GRPO 2503.20783; SAPO 2511.20347; CISPO 2506.13585; implicit reward (CE) 2412.01981;
+KL estimators: Schulman 2020.
 """
 
 import torch
@@ -30,8 +32,8 @@ import torch.nn.functional as F
 def ratio(logp, old_logp):
     """rho = pi_theta / pi_old of each sampled token, [T].
 
-    The log-ratio is capped at 20 so that a runaway token stays finite in float32 (and SAPO's gradient is
-    not inf * 0); beyond e^20 the gradient is zero.
+    The log-ratio is capped at 20 so that a runaway token stays finite in float32 (and SAPO's
+    gradient is not inf * 0); beyond e^20 the gradient is zero.
     """
     return torch.exp((logp - old_logp).clamp(max=20.0))
 
@@ -42,8 +44,9 @@ def ratio(logp, old_logp):
 def grpo(logp, old_logp, advantage, *, clip_low=0.2, clip_high=0.28):
     """PPO's clipped surrogate: -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A). [T] -> [T]
 
-    Stage 1's GRPO with A = group_advantage, and stage 2's trust region with A = the whitened signal (Eq. 9).
-    The gradient vanishes where rho is past the upper bound with A > 0, or past the lower one with A < 0.
+    Stage 1's GRPO with A = group_advantage, and stage 2's trust region with A = the whitened
+    signal (Eq. 9). The gradient vanishes where rho is past the upper bound with A > 0, or past the
+    lower one with A < 0.
     """
     rho = ratio(logp, old_logp)
     clipped = rho.clamp(1.0 - clip_low, 1.0 + clip_high)
@@ -51,7 +54,8 @@ def grpo(logp, old_logp, advantage, *, clip_low=0.2, clip_high=0.28):
 
 
 def sapo(logp, old_logp, advantage, *, tau_pos=1.0, tau_neg=1.05):
-    """Soft clip: -f(rho) A with f(r) = (4 / tau) sigmoid(tau (r - 1)), tau = tau_pos where A > 0. [T] -> [T]
+    """Soft clip: -f(rho) A with f(r) = (4 / tau) sigmoid(tau (r - 1)), tau = tau_pos where A > 0.
+    [T] -> [T]
 
     f'(1) = 1, so on-policy it is the plain policy gradient; off-policy the gate closes smoothly.
     """
@@ -61,7 +65,9 @@ def sapo(logp, old_logp, advantage, *, tau_pos=1.0, tau_neg=1.05):
 
 
 def cispo(logp, old_logp, advantage, *, clip_high=4.0):
-    """-sg(min(rho, 1 + clip_high)) A log pi_theta: the weight is truncated, the gradient never is. [T] -> [T]"""
+    """-sg(min(rho, 1 + clip_high)) A log pi_theta: the weight is truncated, the gradient never is.
+    [T] -> [T]
+    """
     weight = ratio(logp, old_logp).clamp(max=1.0 + clip_high).detach()
     return -weight * advantage * logp
 
@@ -72,8 +78,8 @@ def ce(logp, ref_logp, reward, segment, *, beta, aggregate="sum"):
     r(y) = beta * sum_t log(pi_theta / pi_ref)(y_t)      ("mean": divided by the response length)
     loss = -[R log sigmoid(r) + (1 - R) log(1 - sigmoid(r))],   reward R [B] in {0, 1}
 
-    pi_ref is pi_old unless a recovery run says otherwise. A larger beta reaches the same reward with a
-    smaller log-ratio: it is the strength of the KL constraint.
+    pi_ref is pi_old unless a recovery run says otherwise. A larger beta reaches the same reward
+    with a smaller log-ratio: it is the strength of the KL constraint.
     """
     r = logp.new_zeros(len(reward)).index_add(0, segment, logp - ref_logp)  # [B]
     if aggregate == "mean":
@@ -84,17 +90,21 @@ def ce(logp, ref_logp, reward, segment, *, beta, aggregate="sum"):
 
 
 def mse(logp, reward, segment, *, negative_weight=1.0):
-    """(pi_theta(y_t|s_t) - R)^2: each token's probability is fitted to the outcome (Eq. 10). [T] -> [T]
+    """(pi_theta(y_t|s_t) - R)^2: each token's probability is fitted to the outcome (Eq. 10).
+    [T] -> [T]
 
-    No constraint at all. Early on it *unlearns*: sampled tokens have p near 1, so the error is on the
-    negatives (R = 0) and drags everything down. `negative_weight` > 1 on their tokens unlearns more.
+    No constraint at all. Early on it *unlearns*: sampled tokens have p near 1, so the error is on
+    the negatives (R = 0) and drags everything down. `negative_weight` > 1 on their tokens unlearns
+    more.
     """
     R = reward.to(logp.dtype)[segment]
     return torch.where(R > 0, 1.0, negative_weight) * (logp.exp() - R) ** 2
 
 
 def sft(logp, reward, segment):
-    """-log pi_theta on the responses with reward 1, zero on the others (recovery, Table 9). [T] -> [T]"""
+    """-log pi_theta on the responses with reward 1, zero on the others (recovery, Table 9).
+    [T] -> [T]
+    """
     return -logp * (reward[segment] > 0)
 
 
@@ -102,10 +112,11 @@ def sft(logp, reward, segment):
 
 
 def group_advantage(reward, prompt, *, normalize=True):
-    """A = (R - mean) / (std + 1e-6) within the responses to one prompt; unbiased std. [B], [B] -> [B]
+    """A = (R - mean) / (std + 1e-6) within the responses to one prompt; unbiased std.
+    [B], [B] -> [B]
 
-    normalize=False is Dr.GRPO's advantage, R - mean. `prompt` [B] integer names each response's group.
-    A group of one, or of equal rewards, gives 0.
+    normalize=False is Dr.GRPO's advantage, R - mean. `prompt` [B] integer names each response's
+    group. A group of one, or of equal rewards, gives 0.
     """
     _, group = torch.unique(prompt, return_inverse=True)
     groups = int(group.max()) + 1 if len(group) else 0
@@ -128,8 +139,8 @@ def aggregate(loss, segment, how="token", *, tokens=None, sequences=None, length
     "sequence"  sum_b (mean over b's tokens) / sequences       every response weighs the same
     "fixed"     sum_t loss / (sequences * length)              Dr.GRPO: `length` is a constant
     `tokens` and `sequences` are the counts over all ranks and micro-batches, so that the sum of the
-    micro-batches' results is the result on the whole; left out, they are counted here. A sequence is
-    never split between micro-batches.
+    micro-batches' results is the result on the whole; left out, they are counted here. A sequence
+    is never split between micro-batches.
     """
     B = int(segment.max()) + 1 if len(segment) else 0
     if how == "token":
@@ -156,9 +167,11 @@ def _at_least_one(count):
 
 
 def reverse_kl(logp, old_logp):
-    """Penalty KL(pi_theta || pi_old) on tokens that pi_old sampled: rho d - rho + 1, d = log rho. [T] -> [T]
+    """Penalty KL(pi_theta || pi_old) on tokens that pi_old sampled: rho d - rho + 1, d = log rho.
+    [T] -> [T]
 
-    E_old[rho d] is the KL; 1 - rho has zero mean and makes every term >= 0. The gradient flows through rho.
+    E_old[rho d] is the KL; 1 - rho has zero mean and makes every term >= 0. The gradient flows
+    through rho.
     """
     d = (logp - old_logp).clamp(max=20.0)
     rho = d.exp()
@@ -166,28 +179,36 @@ def reverse_kl(logp, old_logp):
 
 
 def forward_kl(logp, old_logp):
-    """Penalty KL(pi_old || pi_theta) on tokens that pi_old sampled: rho - 1 - d, each term >= 0. [T] -> [T]"""
+    """Penalty KL(pi_old || pi_theta) on tokens that pi_old sampled: rho - 1 - d, each term >= 0.
+    [T] -> [T]
+    """
     d = (logp - old_logp).clamp(max=20.0)
     return d.exp() - 1.0 - d
 
 
 def k1(logp, ref_logp):
-    """log(pi/ref) at tokens sampled from pi: unbiased for KL(pi || ref), may be negative. [T] -> [T]
+    """log(pi/ref) at tokens sampled from pi: unbiased for KL(pi || ref), may be negative.
+    [T] -> [T]
 
-    As a *loss* on such tokens its gradient has zero mean; on pi_old's tokens it pushes away from ref.
+    As a *loss* on such tokens its gradient has zero mean; on pi_old's tokens it pushes away
+    from ref.
     """
     return logp - ref_logp
 
 
 def k2(logp, ref_logp):
-    """(log(pi/ref))^2 / 2 at tokens sampled from pi: biased, but its gradient is the reverse KL's. [T] -> [T]"""
+    """(log(pi/ref))^2 / 2 at tokens sampled from pi: biased, but its gradient is the reverse KL's.
+    [T] -> [T]
+    """
     return 0.5 * (logp - ref_logp) ** 2
 
 
 def k3(logp, ref_logp):
-    """exp(-d) - 1 + d, d = log(pi/ref), at tokens sampled from pi: unbiased for KL(pi || ref), >= 0. [T] -> [T]
+    """exp(-d) - 1 + d, d = log(pi/ref), at tokens sampled from pi:
+    unbiased for KL(pi || ref), >= 0. [T] -> [T]
 
-    On pi_old's tokens it estimates chi^2 - KL instead: a usable penalty, never to be reported as "KL".
+    On pi_old's tokens it estimates chi^2 - KL instead: a usable penalty, never to be reported
+    as "KL".
     """
     d = (logp - ref_logp).clamp(min=-20.0)
     return torch.exp(-d) - 1.0 + d
@@ -199,9 +220,9 @@ def k3(logp, ref_logp):
 def token_signal(numerator, denominator):
     """r_t = log pi_num(y_t|s_t) - log pi_den(y_t|s_t). [T], [T] -> [T]
 
-    Strategy 1: pi_ext over pi_old (or over the current pi_theta, detached: "evolving"); strategy 2: the
-    MSE teacher over the unlearned checkpoint; strategy 3: over an earlier, weaker policy. None drops
-    its term (Table 7); both None is a ValueError.
+    Strategy 1: pi_ext over pi_old (or over the current pi_theta, detached: "evolving");
+    strategy 2: the MSE teacher over the unlearned checkpoint; strategy 3: over an earlier, weaker
+    policy. None drops its term (Table 7); both None is a ValueError.
     """
     if numerator is None and denominator is None:
         raise ValueError("token_signal: numerator and denominator cannot both be none")
@@ -211,7 +232,8 @@ def token_signal(numerator, denominator):
 
 
 def sign_mask(signal, reward, segment, keep="both"):
-    """On responses with reward 1 keep only the positive or only the negative signal (Table 12). [T] -> [T]
+    """On responses with reward 1 keep only the positive or only the negative signal (Table 12).
+    [T] -> [T]
 
     Responses with reward 0 are left as they are. Applied before whitening.
     """
@@ -226,7 +248,8 @@ def sign_mask(signal, reward, segment, keep="both"):
 def whiten(x, *, shift_mean=True):
     """(x - mean) / sqrt(var + 1e-8), unbiased variance, over all tokens given. [T] -> [T]
 
-    shift_mean=False divides only, so that tokens zeroed by the sign mask stay zero. Needs two tokens.
+    shift_mean=False divides only, so that tokens zeroed by the sign mask stay zero.
+    Needs two tokens.
     """
     if len(x) < 2:
         raise ValueError(f"whiten: {len(x)} token(s) have no variance; at least 2 are needed")
@@ -238,10 +261,13 @@ def whiten(x, *, shift_mean=True):
 
 
 @torch.no_grad()
-def diagnostics(logp, old_logp, entropy, advantage, reward, segment, *, clip_low=0.2, clip_high=0.28):
-    """Numbers of one whole minibatch, as a dict of floats. All [T] but reward [B]; entropy and advantage may be None.
+def diagnostics(logp, old_logp, entropy, advantage, reward, segment, *,
+                clip_low=0.2, clip_high=0.28):
+    """Numbers of one whole minibatch, as a dict of floats.
 
-    clip_*: share of tokens whose clipped gradient is zero; kl_*: both directions, per token on pi_old's prefixes;
+    All [T] but reward [B]; entropy and advantage may be None.
+    clip_*: share of tokens whose clipped gradient is zero;
+    kl_*: both directions, per token on pi_old's prefixes;
     explained_variance: 1 - Var(R - p) / Var(R) over response tokens, nan where R is constant.
     """
     logp, old_logp = logp.double(), old_logp.double()
@@ -253,8 +279,10 @@ def diagnostics(logp, old_logp, entropy, advantage, reward, segment, *, clip_low
         "p_positive": p[R > 0].mean(), "p_negative": p[R == 0].mean(),
         "log_ratio_q01": quantiles[0], "log_ratio_q50": quantiles[1], "log_ratio_q99": quantiles[2],
         "ratio_min": rho.min(), "ratio_max": rho.max(),
-        "kl_reverse": reverse_kl(logp, old_logp).mean(), "kl_forward": forward_kl(logp, old_logp).mean(),
-        "explained_variance": 1.0 - (R - p).var() / R.var() if len(R) > 1 and R.var() > 0 else R.new_tensor(float("nan")),
+        "kl_reverse": reverse_kl(logp, old_logp).mean(),
+        "kl_forward": forward_kl(logp, old_logp).mean(),
+        "explained_variance": (1.0 - (R - p).var() / R.var() if len(R) > 1 and R.var() > 0
+                               else R.new_tensor(float("nan"))),
     }
     if advantage is not None:
         result["clip_low"] = ((rho < 1.0 - clip_low) & (advantage < 0)).double().mean()

@@ -1,27 +1,34 @@
 """rollouts.py - the fixed batch: prompts in, rollouts on disk, micro-batches out.
 
 ERPD trains both stages on one batch of rollouts, written once and never changed. It is a folder of
-safetensors shards, each written aside and renamed, so that a killed sampler loses only what was in flight:
+safetensors shards, each written aside and renamed, so that a killed sampler loses only what was in
+flight:
 
-    batch/shard-00000.safetensors   tokens int32 [T]        prompt + response of every sequence, end to end
-                                    cu_seqlens int64 [N+1]  boundaries
-                                    prompt_length int32 [N] response = the rest, end-of-sequence included
-                                    prompt int32 [N]        row of the prompts file
-                                    reward float32 [N]      nan: the grader could not decide
-                                    finished bool [N]       false: truncated
-                                    sampler_logp float32 [T]
-    batch/logp.<policy>.t<temperature>.safetensors          a column added later: float32 [T] over all shards
+    batch/shard-00000.safetensors
+        tokens int32 [T]          prompt + response of every sequence, end to end
+        cu_seqlens int64 [N+1]    boundaries
+        prompt_length int32 [N]   response = the rest, end-of-sequence included
+        prompt int32 [N]          row of the prompts file
+        reward float32 [N]        nan: the grader could not decide
+        finished bool [N]         false: truncated
+        sampler_logp float32 [T]
+    batch/logp.<policy>.t<temperature>.safetensors
+        a column added later: float32 [T] over all shards
 
-Every token column is aligned with the token it scores (0 on prompt tokens). A shard's metadata carries the
-header: policy and its fingerprint, sampling settings, seed, format. Log-prob columns are named by the
-fingerprint of the checkpoint that produced them, so several teachers share a batch without collision.
+Every token column is aligned with the token it scores (0 on prompt tokens). A shard's metadata
+carries the header: policy and its fingerprint, sampling settings, seed, format. Log-prob columns
+are named by the fingerprint of the checkpoint that produced them, so several teachers share a
+batch without collision.
 
-    python rollouts.py show batch/ --policy POLICY                      # a few rollouts with rewards, and statistics
-    python rollouts.py import responses.jsonl batch/ --policy POLICY    # rollouts sampled elsewhere (vLLM, SGLang)
+    python rollouts.py show batch/ --policy POLICY
+        # a few rollouts with rewards, and statistics
+    python rollouts.py import responses.jsonl batch/ --policy POLICY
+        # rollouts sampled elsewhere (vLLM, SGLang)
 
-An imported row holds "problem" (or "messages", or "prompt" as final text, or "prompt_ids"), "response" (or
-"response_ids", the stop token included), and optionally "answer" (graded here), "reward", "logp" [response
-tokens] and "finished" (default true). Rows with the same prompt form a group.
+An imported row holds "problem" (or "messages", or "prompt" as final text, or "prompt_ids"),
+"response" (or "response_ids", the stop token included), and optionally "answer" (graded here),
+"reward", "logp" [response tokens] and "finished" (default true). Rows with the same prompt form a
+group.
 """
 
 import argparse
@@ -41,8 +48,9 @@ from safetensors.torch import save_file
 import model as models
 
 FORMAT = 1
-COLUMNS = {"tokens": torch.int32, "cu_seqlens": torch.int64, "prompt_length": torch.int32, "prompt": torch.int32,
-           "reward": torch.float32, "finished": torch.bool, "sampler_logp": torch.float32}
+COLUMNS = {"tokens": torch.int32, "cu_seqlens": torch.int64, "prompt_length": torch.int32,
+           "prompt": torch.int32, "reward": torch.float32, "finished": torch.bool,
+           "sampler_logp": torch.float32}
 
 
 # ---------------------------------------------------------------- prompts
@@ -69,7 +77,8 @@ def read_json_lines(path):
 def read_prompts(path, *, problem="problem", answer="answer"):
     """A prompts file -> list of rows {"id", "problem" or "messages", "answer", ...}.
 
-    `problem` and `answer` name the file's own fields. ValueError on a row without them, or a repeated id.
+    `problem` and `answer` name the file's own fields. ValueError on a row without them, or a
+    repeated id.
     """
     rows, seen = [], {}
     for place, row in read_json_lines(path):
@@ -90,8 +99,11 @@ def read_prompts(path, *, problem="problem", answer="answer"):
 
 
 def prompt_tokens(tokenizer, row, template="{problem}"):
-    """Token ids of a prompt row: `template` around the problem, then the tokenizer's chat template."""
-    messages = row.get("messages") or [{"role": "user", "content": template.replace("{problem}", str(row["problem"]))}]
+    """Token ids of a prompt row: `template` around the problem,
+    then the tokenizer's chat template.
+    """
+    messages = row.get("messages") or [
+        {"role": "user", "content": template.replace("{problem}", str(row["problem"]))}]
     return tokenizer.encode(tokenizer.render(messages))
 
 
@@ -130,7 +142,8 @@ class Batch:
     @cached_property
     def response(self):
         """bool [T]: which tokens belong to a response."""
-        position = torch.arange(len(self.tokens)) - self.cu_seqlens[:-1].repeat_interleave(self.lengths)
+        position = (torch.arange(len(self.tokens))
+                    - self.cu_seqlens[:-1].repeat_interleave(self.lengths))
         return position >= self.prompt_length.repeat_interleave(self.lengths)
 
     @cached_property
@@ -142,38 +155,48 @@ class Batch:
         return digest.hexdigest()[:16]
 
     def share(self, indices, max_tokens, rank, world):
-        """This rank's micro-batches of `indices`: an equal number on every rank, the last ones perhaps empty."""
+        """This rank's micro-batches of `indices`: an equal number on every rank,
+        the last ones perhaps empty.
+        """
         return (micro_batch(self, rows) for rows in plan(self, indices, max_tokens, world)[rank])
 
     def _column_file(self, policy, temperature):
         return self.folder / f"logp.{policy}.t{temperature:g}.safetensors"
 
     def read_column(self, policy, temperature):
-        """Log-probs [T] under the checkpoint with fingerprint `policy`, or None if not yet computed."""
+        """Log-probs [T] under the checkpoint with fingerprint `policy`,
+        or None if not yet computed.
+        """
         file = self._column_file(policy, temperature)
         if not file.is_file():
             return None
         try:
             with safe_open(file, framework="pt") as tensors:
                 if tensors.metadata()["batch"] != self.digest:
-                    raise ValueError(f"{file}: belongs to another batch; delete it to have it computed again")
+                    raise ValueError(f"{file}: belongs to another batch; "
+                                     "delete it to have it computed again")
                 return tensors.get_tensor("logp")
         except SafetensorError as error:
-            raise ValueError(f"{file}: not readable ({error}); delete it to have it computed again") from None
+            raise ValueError(f"{file}: not readable ({error}); "
+                             "delete it to have it computed again") from None
 
     def write_column(self, policy, temperature, logp, path):
         """Keep log-probs [T] of a checkpoint beside the shards."""
-        meta = {"policy": str(path), "fingerprint": policy, "temperature": f"{temperature:g}", "batch": self.digest}
+        meta = {"policy": str(path), "fingerprint": policy,
+                "temperature": f"{temperature:g}", "batch": self.digest}
         _write(self._column_file(policy, temperature), {"logp": logp.float().contiguous()}, meta)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some sequences packed for one forward pass. `row` [B] are their rows in the batch, n counts response tokens.
+    """Some sequences packed for one forward pass.
 
-    tokens [t], cu_seqlens [B+1]; scored [n] places of the response tokens in `tokens`; segment [n] their
-    sequence in this micro-batch; place [n] their place in the batch's token columns.
-    With no sequence left for this rank it holds one dummy token and n = 0, so that collectives still meet.
+    `row` [B] are their rows in the batch, n counts response tokens.
+
+    tokens [t], cu_seqlens [B+1]; scored [n] places of the response tokens in `tokens`;
+    segment [n] their sequence in this micro-batch; place [n] their place in the batch's token
+    columns. With no sequence left for this rank it holds one dummy token and n = 0, so that
+    collectives still meet.
     """
 
     row: torch.Tensor
@@ -184,14 +207,16 @@ class MicroBatch:
     place: torch.Tensor
 
     def to(self, device):
-        return MicroBatch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        return MicroBatch(**{name: value.to(device, non_blocking=True)
+                             for name, value in vars(self).items()})
 
 
 def micro_batch(batch, rows):
     """Pack the given rows of a batch, in order."""
     if not len(rows):
         empty = torch.zeros(0, dtype=torch.long)
-        return MicroBatch(empty, torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1]), empty, empty, empty)
+        return MicroBatch(empty, torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1]),
+                          empty, empty, empty)
     row = torch.as_tensor(rows, dtype=torch.long)
     lengths = batch.lengths[row]
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
@@ -209,15 +234,17 @@ def pack(batch, indices, max_tokens):
 def plan(batch, indices, max_tokens, world):
     """Share rows over ranks and micro-steps: [world][steps] lists of rows, balanced by tokens.
 
-    Every rank gets the same number of steps (some may be empty). Longest first: to the rank with the fewest
-    tokens, there into the first micro-batch with room. ValueError for a sequence longer than max_tokens.
+    Every rank gets the same number of steps (some may be empty). Longest first: to the rank with
+    the fewest tokens, there into the first micro-batch with room. ValueError for a sequence longer
+    than max_tokens.
     """
     lengths = batch.lengths.tolist()
     load, steps, room = [0] * world, [[] for _ in range(world)], [[] for _ in range(world)]
     for row in sorted((int(i) for i in indices), key=lambda i: -lengths[i]):
         n = lengths[row]
         if n > max_tokens:
-            raise ValueError(f"{batch.folder}: row {row} has {n} tokens, more than max_tokens = {max_tokens}")
+            raise ValueError(f"{batch.folder}: row {row} has {n} tokens, "
+                             f"more than max_tokens = {max_tokens}")
         rank = load.index(min(load))
         load[rank] += n
         step = next((s for s, free in enumerate(room[rank]) if free >= n), None)
@@ -234,8 +261,10 @@ def plan(batch, indices, max_tokens, world):
 # ---------------------------------------------------------------- on disk
 
 
-def write_shard(folder, number, header, *, tokens, prompt_length, prompt, reward, finished, sampler_logp):
-    """Write one shard from lists: tokens and sampler_logp are lists of sequences, the others of numbers.
+def write_shard(folder, number, header, *,
+                tokens, prompt_length, prompt, reward, finished, sampler_logp):
+    """Write one shard from lists: tokens and sampler_logp are lists of sequences,
+    the others of numbers.
 
     reward may hold None (undecided). The file appears whole or not at all.
     """
@@ -249,7 +278,8 @@ def write_shard(folder, number, header, *, tokens, prompt_length, prompt, reward
         "sampler_logp": torch.tensor([x for sequence in sampler_logp for x in sequence]),
     }
     columns = {name: column.to(COLUMNS[name]) for name, column in columns.items()}
-    _write(shard_file(folder, number), columns, {"header": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
+    _write(shard_file(folder, number), columns,
+           {"header": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
 
 
 def shard_file(folder, number):
@@ -279,7 +309,8 @@ def load(folder):
         theirs = read_header(file)
         if different := [key for key in {*header, *theirs} if header.get(key) != theirs.get(key)]:
             key = sorted(different)[0]
-            raise ValueError(f"{file}: {key} is {theirs.get(key)!r}, but {header.get(key)!r} in {files[0].name}: "
+            raise ValueError(f"{file}: {key} is {theirs.get(key)!r}, "
+                             f"but {header.get(key)!r} in {files[0].name}: "
                              "shards of different runs lie in one folder")
         with safe_open(file, framework="pt") as tensors:
             if missing := set(COLUMNS) - set(tensors.keys()):
@@ -288,26 +319,31 @@ def load(folder):
         _check(file, parts[-1])
     expected = header.get("shards", len(files))
     if len(files) != expected:
-        raise ValueError(f"{folder}: {len(files)} of {expected} shards are here; run the sampler again to finish it")
+        raise ValueError(f"{folder}: {len(files)} of {expected} shards are here; "
+                         "run the sampler again to finish it")
     offset, cu_seqlens = 0, [torch.zeros(1, dtype=torch.long)]
     for part in parts:
         cu_seqlens.append(part["cu_seqlens"][1:] + offset)
         offset = int(cu_seqlens[-1][-1])
-    columns = {name: torch.cat([part[name] for part in parts]) for name in COLUMNS if name != "cu_seqlens"}
+    columns = {name: torch.cat([part[name] for part in parts])
+               for name in COLUMNS if name != "cu_seqlens"}
     return Batch(folder=folder, header=header, cu_seqlens=torch.cat(cu_seqlens), **columns)
 
 
 def _check(file, part):
     for name, dtype in COLUMNS.items():
         if part[name].dtype != dtype or part[name].ndim != 1:
-            raise ValueError(f"{file}: column {name} must be {dtype} [.], not {part[name].dtype} {list(part[name].shape)}")
+            raise ValueError(f"{file}: column {name} must be {dtype} [.], "
+                             f"not {part[name].dtype} {list(part[name].shape)}")
     T, N, cu = len(part["tokens"]), len(part["prompt"]), part["cu_seqlens"]
     sizes = {"cu_seqlens": N + 1, "prompt_length": N, "reward": N, "finished": N, "sampler_logp": T}
     for name, size in sizes.items():
         if len(part[name]) != size:
-            raise ValueError(f"{file}: column {name} has {len(part[name])} entries, expected {size}")
+            raise ValueError(
+                f"{file}: column {name} has {len(part[name])} entries, expected {size}")
     if int(cu[0]) != 0 or int(cu[-1]) != T:
-        raise ValueError(f"{file}: cu_seqlens must run from 0 to {T}, not {int(cu[0])} to {int(cu[-1])}")
+        raise ValueError(f"{file}: cu_seqlens must run from 0 to {T}, "
+                         f"not {int(cu[0])} to {int(cu[-1])}")
     rows = {
         "the response is empty": cu.diff() <= part["prompt_length"],
         "the prompt is empty": part["prompt_length"] < 1,
@@ -316,8 +352,9 @@ def _check(file, part):
     for complaint, bad in rows.items():
         if bad.any():
             raise ValueError(f"{file}, row {int(bad.nonzero()[0, 0])}: {complaint}")
-    for complaint, bad in {"a token id is negative": part["tokens"] < 0,
-                           "a sampler log-prob is not finite": ~part["sampler_logp"].isfinite()}.items():
+    for complaint, bad in {
+            "a token id is negative": part["tokens"] < 0,
+            "a sampler log-prob is not finite": ~part["sampler_logp"].isfinite()}.items():
         if bad.any():
             row = int(torch.searchsorted(cu, bad.nonzero()[0, 0], right=True)) - 1
             raise ValueError(f"{file}, row {row}: {complaint}")
@@ -332,17 +369,21 @@ def _write(file, columns, metadata):
     os.replace(aside, file)
 
 
-# ---------------------------------------------------------------- rollouts from elsewhere, and a look at them
+# ---------------------------------------------------------------- import rollouts, look at them
 
 
-def import_rollouts(responses, folder, policy, *, temperature=1.0, template="{problem}", lenient=False):
-    """Turn a JSONL file of responses sampled elsewhere into a batch folder; returns the number of rollouts."""
+def import_rollouts(responses, folder, policy, *,
+                    temperature=1.0, template="{problem}", lenient=False):
+    """Turn a JSONL file of responses sampled elsewhere into a batch folder;
+    returns the number of rollouts.
+    """
     import grade
 
     if shard_file(folder, 0).exists():
         raise ValueError(f"{folder}: already holds a batch; choose a new folder")
     tokenizer, vocab = models.Tokenizer(policy), models.read_config(policy).vocab
-    groups, columns = {}, {name: [] for name in ("tokens", "prompt_length", "prompt", "reward", "finished", "sampler_logp")}
+    groups, columns = {}, {name: [] for name in ("tokens", "prompt_length", "prompt", "reward",
+                                                 "finished", "sampler_logp")}
     for place, row in read_json_lines(responses):
         prompt = row.get("prompt_ids")
         if prompt is None and "prompt" in row:
@@ -358,10 +399,11 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, template="{pr
                 raise ValueError(f"{place}: needs response (text) or response_ids")
             response = tokenizer.encode(row["response"])
             if finished and tokenizer.stop and (not response or response[-1] not in tokenizer.stop):
-                response = [*response, tokenizer.stop[0]]  # engines leave the stop token out of the text
+                response = [*response, tokenizer.stop[0]]  # engines leave it out of the text
         for name, ids in (("prompt", prompt), ("response", response)):
             if not ids or not all(isinstance(t, int) and 0 <= t < vocab for t in ids):
-                raise ValueError(f"{place}: the {name} must be token ids in [0, {vocab}) and not empty")
+                raise ValueError(
+                    f"{place}: the {name} must be token ids in [0, {vocab}) and not empty")
         reward = row.get("reward")
         if reward is None and "answer" in row:
             reward = grade.grade(tokenizer.decode(response), str(row["answer"]), lenient=lenient)
@@ -370,8 +412,10 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, template="{pr
         if reward is not None and (isinstance(reward, str) or not 0 <= float(reward) <= 1):
             raise ValueError(f"{place}: reward must be a number in [0, 1], not {reward!r}")
         logp = row.get("logp") or [0.0] * len(response)
-        if len(logp) != len(response) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in logp):
-            raise ValueError(f"{place}: logp must hold {len(response)} finite numbers, one a response token")
+        if len(logp) != len(response) or not all(
+                isinstance(x, (int, float)) and math.isfinite(x) for x in logp):
+            raise ValueError(f"{place}: logp must hold {len(response)} finite numbers, "
+                             "one a response token")
         columns["tokens"].append([*prompt, *response])
         columns["prompt_length"].append(len(prompt))
         columns["prompt"].append(groups.setdefault(tuple(prompt), len(groups)))
@@ -380,45 +424,53 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, template="{pr
         columns["sampler_logp"].append([0.0] * len(prompt) + logp)
     if not groups:
         raise ValueError(f"{responses}: no responses")
-    header = {"policy": str(policy), "fingerprint": models.fingerprint(policy), "temperature": float(temperature),
-              "source": "import", "shards": 1}
+    header = {"policy": str(policy), "fingerprint": models.fingerprint(policy),
+              "temperature": float(temperature), "source": "import", "shards": 1}
     write_shard(folder, 0, header, **columns)
     return len(columns["prompt"])
 
 
 def show(folder, policy=None, count=3):
-    """Print a batch's header, statistics and a few rollouts (as text if a policy's tokenizer is given)."""
+    """Print a batch's header, statistics and a few rollouts
+    (as text if a policy's tokenizer is given).
+    """
     batch = load(folder)
     tokenizer = models.Tokenizer(policy or batch.header["policy"])
     print(json.dumps(batch.header, indent=2))
     reward = batch.reward.nan_to_num()
     groups = torch.unique(batch.prompt)
     mean = torch.stack([reward[batch.prompt == g].mean() for g in groups])
-    print(f"{len(batch)} rollouts of {len(groups)} prompts, {len(batch.tokens)} tokens; mean reward {reward.mean():.3f}; "
+    print(f"{len(batch)} rollouts of {len(groups)} prompts, {len(batch.tokens)} tokens; "
+          f"mean reward {reward.mean():.3f}; "
           f"{((mean > 0) & (mean < 1)).float().mean():.0%} of the prompts have both outcomes; "
           f"{int(batch.reward.isnan().sum())} undecided; {int((~batch.finished).sum())} truncated; "
-          f"response length {batch.response_length.float().mean():.1f} (longest {int(batch.response_length.max())})")
+          f"response length {batch.response_length.float().mean():.1f} "
+          f"(longest {int(batch.response_length.max())})")
     for row in torch.linspace(0, len(batch) - 1, min(count, len(batch))).long().tolist():
         lo, hi = batch.cu_seqlens[row:row + 2].tolist()
         cut = lo + int(batch.prompt_length[row])
         end = "" if batch.finished[row] else " [truncated]"
-        print(f"\n--- row {row}, prompt {int(batch.prompt[row])}, reward {float(batch.reward[row]):g}{end}")
+        print(f"\n--- row {row}, prompt {int(batch.prompt[row])}, "
+              f"reward {float(batch.reward[row]):g}{end}")
         print(tokenizer.decode(batch.tokens[lo:cut].tolist(), special=True))
         print(">>>", tokenizer.decode(batch.tokens[cut:hi].tolist(), special=True))
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Look at a batch of rollouts, or make one from responses sampled elsewhere.")
+    parser = argparse.ArgumentParser(
+        description="Look at a batch of rollouts, or make one from responses sampled elsewhere.")
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("show", help="print statistics and a few rollouts")
     look.add_argument("batch")
-    look.add_argument("--policy", help="checkpoint folder whose tokenizer to use; default: the one named in the batch")
+    look.add_argument("--policy", help="checkpoint folder whose tokenizer to use; "
+                                       "default: the one named in the batch")
     look.add_argument("--count", type=int, default=3)
     bring = commands.add_parser("import", help="make a batch from a JSONL file of responses")
     bring.add_argument("responses")
     bring.add_argument("batch")
     bring.add_argument("--policy", required=True, help="checkpoint folder that sampled them")
-    bring.add_argument("--temperature", type=float, default=1.0, help="temperature they were sampled at")
+    bring.add_argument("--temperature", type=float, default=1.0,
+                       help="temperature they were sampled at")
     bring.add_argument("--template", default="{problem}", help="text around the problem")
     bring.add_argument("--lenient", action="store_true", help="grade unboxed answers too")
     args = parser.parse_args()
@@ -426,8 +478,9 @@ def main():
         if args.command == "show":
             show(args.batch, args.policy, args.count)
         else:
-            count = import_rollouts(args.responses, args.batch, args.policy, temperature=args.temperature,
-                                    template=args.template, lenient=args.lenient)
+            count = import_rollouts(args.responses, args.batch, args.policy,
+                                    temperature=args.temperature, template=args.template,
+                                    lenient=args.lenient)
             print(f"{count} rollouts written to {args.batch}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

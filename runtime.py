@@ -1,16 +1,19 @@
-"""runtime.py - what is mechanical in every run: config, torchrun, FSDP2, optimiser, metrics, checkpoint and resume.
+"""runtime.py - what is mechanical in every run: config, torchrun, FSDP2, optimiser, metrics,
+checkpoint and resume.
 
-Nothing here knows the algorithm; stage1.py and stage2.py are the loops, these are the tools they pick up.
+Nothing here knows the algorithm; stage1.py and stage2.py are the loops, these are the tools they
+pick up.
 
-Config    a frozen dataclass a command, filled from TOML and `--set section.key=value`; an unknown key is an
-          error that names the nearest valid one.
+Config    a frozen dataclass a command, filled from TOML and `--set section.key=value`; an unknown
+          key is an error that names the nearest valid one.
 Ranks     torchrun's environment (or one process on its own) -> process group, device, mesh.
-Policy    weights in float32, sharded by FSDP2 over a node's ranks (replicated over nodes), computed in
-          bfloat16 on a GPU and in float32 on a CPU. Gradients are summed over ranks, losses are divided by
-          global counts: the number of ranks changes nothing but the speed.
-Run       a folder: run.json (config, inputs, environment), config.toml, metrics.jsonl, step_000016/ ...
-          (Hugging Face checkpoints), state/ (the latest resume state), done.json. Everything appears whole or not
-          at all; a killed run started again goes on from its last checkpoint, bit for bit at the same world size.
+Policy    weights in float32, sharded by FSDP2 over a node's ranks (replicated over nodes),
+          computed in bfloat16 on a GPU and in float32 on a CPU. Gradients are summed over ranks,
+          losses are divided by global counts: the number of ranks changes nothing but the speed.
+Run       a folder: run.json (config, inputs, environment), config.toml, metrics.jsonl,
+          step_000016/ ... (Hugging Face checkpoints), state/ (the latest resume state), done.json.
+          Everything appears whole or not at all; a killed run started again goes on from its last
+          checkpoint, bit for bit at the same world size.
 """
 
 import argparse
@@ -46,7 +49,9 @@ import model as models
 
 
 def key(default=dataclasses.MISSING, help=""):
-    """A config key: its default (none: it must be given) and what it means, with the reason for the default."""
+    """A config key: its default (none: it must be given) and what it means,
+    with the reason for the default.
+    """
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: default.copy(), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
@@ -58,12 +63,17 @@ def section(kind):
 
 
 def parse(kind, description, argv=None):
-    """Command line -> the dataclass `kind`: --config FILE.toml, then --set overrides. ValueError names file and key."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="keys:\n" + "\n".join(_describe(kind)))
+    """Command line -> the dataclass `kind`: --config FILE.toml, then --set overrides.
+
+    ValueError names file and key.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="keys:\n" + "\n".join(_describe(kind)))
     parser.add_argument("--config", metavar="FILE.toml", help="configuration file; keys below")
-    parser.add_argument("--set", metavar="section.key=value", nargs="+", action="extend", default=[],
-                        help="override single keys; a value that is not TOML is taken as text")
+    parser.add_argument(
+        "--set", metavar="section.key=value", nargs="+", action="extend", default=[],
+        help="override single keys; a value that is not TOML is taken as text")
     args = parser.parse_args(argv)
     return read_config(kind, args.config, args.set)
 
@@ -118,7 +128,8 @@ def _build(kind, data, prefix, file):
         if name in data:
             values[name] = _value(hints[name], data[name], prefix + name, file)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{file}: key {prefix}{name} is missing ({f.metadata.get('help', '')})")
+            raise ValueError(
+                f"{file}: key {prefix}{name} is missing ({f.metadata.get('help', '')})")
     return kind(**values)
 
 
@@ -130,15 +141,18 @@ def _value(hint, value, name, file):
             return _build(hint, value, name + ".", file)
     elif typing.get_origin(hint) is list:
         if isinstance(value, list):
-            return [_value(typing.get_args(hint)[0], v, f"{name}[{i}]", file) for i, v in enumerate(value)]
+            return [_value(typing.get_args(hint)[0], v, f"{name}[{i}]", file)
+                    for i, v in enumerate(value)]
     elif typing.get_origin(hint) is dict:
         if isinstance(value, dict):
-            return {k: _value(typing.get_args(hint)[1], v, f"{name}.{k}", file) for k, v in value.items()}
+            return {k: _value(typing.get_args(hint)[1], v, f"{name}.{k}", file)
+                    for k, v in value.items()}
     elif hint is float and type(value) is int:
         return float(value)
     elif type(value) is hint:
         return value
-    expected = "a section" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint))
+    expected = ("a section" if dataclasses.is_dataclass(hint)
+                else getattr(hint, "__name__", str(hint)))
     raise ValueError(f"{file}: key {name} must be {expected}, not {value!r}")
 
 
@@ -152,11 +166,14 @@ def _describe(kind, prefix=""):
             continue
         default = "required" if f.default is f.default_factory else \
             f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        yield f"  {prefix}{f.name} = {default}\n      {f.metadata.get('help', '')}".replace("%", "%%")
+        yield (f"  {prefix}{f.name} = {default}\n"
+               f"      {f.metadata.get('help', '')}").replace("%", "%%")
 
 
 def to_toml(config):
-    """A config dataclass (or dict) -> TOML text that reads back to it; keys that are None are left out."""
+    """A config dataclass (or dict) -> TOML text that reads back to it;
+    keys that are None are left out.
+    """
     data = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
     lines, tables = [], []
     for name, value in data.items():
@@ -174,7 +191,9 @@ def _toml_key(name):
 
 
 def command(main):
-    """Run a command's main(): a ValueError or a missing file becomes one clear line and exit status 2."""
+    """Run a command's main(): a ValueError or a missing file becomes one clear line
+    and exit status 2.
+    """
     try:
         main()
     except (ValueError, FileNotFoundError) as error:
@@ -204,7 +223,9 @@ class Ranks:
             print(*text, flush=True)
 
     def gather(self, tensor):
-        """Concatenate a 1-D tensor of every rank (lengths may differ), in rank order, on this device."""
+        """Concatenate a 1-D tensor of every rank (lengths may differ), in rank order,
+        on this device.
+        """
         if self.world == 1:
             return tensor
         sizes = torch.zeros(self.world, dtype=torch.long, device=self.device)
@@ -220,10 +241,12 @@ class Ranks:
 def start(replicas=0):
     """Join the process group that torchrun set up, or make one of a single process. Returns Ranks.
 
-    `replicas` copies of the weights are kept, each sharded over world / replicas ranks; 0: one a node.
+    `replicas` copies of the weights are kept, each sharded over world / replicas ranks;
+    0: one a node.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local, per_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local, per_node = (int(os.environ.get("LOCAL_RANK", 0)),
+                       int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -237,7 +260,8 @@ def start(replicas=0):
     if world % replicas:
         raise ValueError(f"replicas = {replicas} does not divide {world} ranks")
     if replicas > 1:
-        mesh = init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device.type, (replicas, world // replicas),
+                                mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     return Ranks(rank, world, device, mesh)
@@ -247,10 +271,13 @@ def start(replicas=0):
 
 
 def policy(path, ranks, *, recompute=False):
-    """Load a checkpoint in float32 and shard it block by block with FSDP2; computes in bfloat16 on a GPU."""
+    """Load a checkpoint in float32 and shard it block by block with FSDP2;
+    computes in bfloat16 on a GPU.
+    """
     model = models.load(path, dtype=torch.float32)
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else None
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                     cast_forward_inputs=False)
     for block in model.model.layers:
         block.recompute = recompute
         fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
@@ -267,7 +294,8 @@ def fingerprint(path, ranks):
 
 
 def adamw(model, lr, betas, weight_decay):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=tuple(betas),
+                             weight_decay=weight_decay, fused=True)
 
 
 def warmup(lr, step, steps):
@@ -276,18 +304,21 @@ def warmup(lr, step, steps):
 
 
 def minibatch(prompt, step, size, seed):
-    """Rows of step 0, 1, ...: `size` prompts, all their responses, from epochs that follow one another without a seam.
+    """Rows of step 0, 1, ...: `size` prompts, all their responses,
+    from epochs that follow one another without a seam.
 
-    `prompt` [N] is each row's prompt. Every minibatch is full; an epoch is a permutation drawn from (seed, epoch).
-    A function of its arguments alone: resuming needs no state.
+    `prompt` [N] is each row's prompt. Every minibatch is full; an epoch is a permutation drawn
+    from (seed, epoch). A function of its arguments alone: resuming needs no state.
     """
     prompts = torch.unique(prompt)
     if size > len(prompts):
-        raise ValueError(f"a minibatch of {size} prompts is larger than the batch, which has {len(prompts)}")
+        raise ValueError(f"a minibatch of {size} prompts is larger than the batch, "
+                         f"which has {len(prompts)}")
     chosen, place = [], step * size
     while len(chosen) < size:
         epoch, offset = divmod(place, len(prompts))
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        order = torch.randperm(
+            len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         take = order[offset:offset + size - len(chosen)].tolist()
         chosen += take
         place += len(take)
@@ -301,43 +332,52 @@ def clip_gradients(model, limit):
 
 
 def require_finite(step, loss, grad_norm, row, logp):
-    """Stop before the optimiser step if anything is not finite, naming the sequences. row, logp: of every token, [T]."""
+    """Stop before the optimiser step if anything is not finite, naming the sequences.
+
+    row, logp: of every token, [T].
+    """
     if math.isfinite(loss) and math.isfinite(grad_norm) and bool(logp.isfinite().all()):
         return
     bad = torch.unique(row if logp.isfinite().all() else row[~logp.isfinite()]).tolist()
     shown = ", ".join(map(str, bad[:20])) + (" ..." if len(bad) > 20 else "")
-    raise ValueError(f"step {step}: loss {loss} or gradient norm {grad_norm} is not finite; nothing was updated. "
-                     f"Rows of the batch concerned: {shown}. The last checkpoint is intact.")
+    raise ValueError(f"step {step}: loss {loss} or gradient norm {grad_norm} is not finite; "
+                     f"nothing was updated. Rows of the batch concerned: {shown}. "
+                     "The last checkpoint is intact.")
 
 
-# ---------------------------------------------------------------- log-probs of the whole batch under one checkpoint
+# ---------------------------------------------------------------- log-probs under one checkpoint
 
 
 def batch_logp(batch, path, ranks, *, temperature, max_tokens):
-    """log pi(y_t|s_t) of the whole batch under checkpoint `path`, by the trainer's own forward: [T] float32, 0 on prompts.
+    """log pi(y_t|s_t) of the whole batch under checkpoint `path`, by the trainer's own forward:
+    [T] float32, 0 on prompts.
 
-    Computed once, kept as a column of the batch, found again by fingerprint and temperature. The checkpoint is
-    loaded, used and dropped. Returns (logp, fingerprint).
+    Computed once, kept as a column of the batch, found again by fingerprint and temperature. The
+    checkpoint is loaded, used and dropped. Returns (logp, fingerprint).
     """
     checkpoint = fingerprint(path, ranks)
     logp = batch.read_column(checkpoint, temperature)
     if logp is None:
         if int(batch.tokens.max()) >= (vocab := models.read_config(path).vocab):
-            raise ValueError(f"{batch.folder}: holds token {int(batch.tokens.max())}, the vocabulary of {path} has {vocab}: "
+            raise ValueError(f"{batch.folder}: holds token {int(batch.tokens.max())}, "
+                             f"the vocabulary of {path} has {vocab}: "
                              "another tokenizer made this batch")
         model = policy(path, ranks)
         logp = torch.zeros(len(batch.tokens), device=ranks.device)
         shares = list(batch.share(range(len(batch)), max_tokens, ranks.rank, ranks.world))
-        for micro in tqdm(shares, desc=f"scoring under {path}", unit="micro-batch", disable=ranks.rank != 0, mininterval=5):
+        for micro in tqdm(shares, desc=f"scoring under {path}", unit="micro-batch",
+                          disable=ranks.rank != 0, mininterval=5):
             micro = micro.to(ranks.device)
             with torch.no_grad():
-                logp[micro.place] = model.logp(micro.tokens, micro.cu_seqlens, micro.scored, temperature=temperature)[0]
+                logp[micro.place] = model.logp(micro.tokens, micro.cu_seqlens, micro.scored,
+                                               temperature=temperature)[0]
         dist.all_reduce(logp)  # every place was filled by one rank
         logp = logp.cpu()
         if not logp.isfinite().all():
             place = int((~logp.isfinite()).nonzero()[0, 0])
             row = int(torch.searchsorted(batch.cu_seqlens, place, right=True)) - 1
-            raise ValueError(f"{path}: log-prob of row {row}, token {place - int(batch.cu_seqlens[row])} is not finite")
+            raise ValueError(f"{path}: log-prob of row {row}, "
+                             f"token {place - int(batch.cu_seqlens[row])} is not finite")
         if ranks.rank == 0:
             batch.write_column(checkpoint, temperature, logp, path)
         dist.barrier()
@@ -350,10 +390,15 @@ def batch_logp(batch, path, ranks, *, temperature, max_tokens):
 
 
 class Run:
-    """A run's folder. `first` is the step to go on from (0 when fresh), `done` whether nothing is left to do."""
+    """A run's folder.
+
+    `first` is the step to go on from (0 when fresh), `done` whether nothing is left to do.
+    """
 
     def __init__(self, folder, config, inputs, ranks, *, may_change=()):
-        """ValueError if the folder holds a run of another config or other inputs, with the difference."""
+        """ValueError if the folder holds a run of another config or other inputs,
+        with the difference.
+        """
         self.folder, self.ranks = Path(folder), ranks
         asked = {"config": dataclasses.asdict(config), "inputs": inputs}
         if ranks.rank == 0:
@@ -375,33 +420,43 @@ class Run:
         dist.barrier()
 
     def _compare(self, was, asked, may_change):
-        old, new = _flat(was["config"]) | _flat(was["inputs"]), _flat(asked["config"]) | _flat(asked["inputs"])
+        old, new = (_flat(was["config"]) | _flat(was["inputs"]),
+                    _flat(asked["config"]) | _flat(asked["inputs"]))
         differ = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new})
                   if old.get(k) != new.get(k) and k not in may_change]
         if differ:
-            raise ValueError(f"{self.folder} holds a run with other settings; choose another output or delete it. "
+            raise ValueError(f"{self.folder} holds a run with other settings; "
+                             "choose another output or delete it. "
                              f"Different: {'; '.join(differ)}")
 
     def _lines(self):
         """Whole lines of metrics.jsonl: a killed run may have left half a line at the end."""
         file = self.folder / "metrics.jsonl"
-        return [line for line in file.read_text().split("\n")[:-1] if line] if file.is_file() else []
+        return ([line for line in file.read_text().split("\n")[:-1] if line]
+                if file.is_file() else [])
 
     def log(self, step, metrics, show=None):
-        """One line a step to metrics.jsonl, those named in `show` (default: all) to the console. nan becomes null."""
+        """One line a step to metrics.jsonl, those named in `show` (default: all) to the console.
+
+        nan becomes null.
+        """
         if self.ranks.rank != 0:
             return
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                 for k, v in metrics.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **clean}) + "\n")
-        print(f"step {step:4d}  " + "  ".join(f"{k} {v:.3g}" for k, v in clean.items()
-                                               if v is not None and (show is None or k in show)), flush=True)
+        print(f"step {step:4d}  " + "  ".join(
+            f"{k} {v:.3g}" for k, v in clean.items()
+            if v is not None and (show is None or k in show)), flush=True)
 
     def checkpoint(self, step, model, optimizer, dtype):
-        """The policy as a Hugging Face folder step_XXXXXX, then the resume state; older states are dropped."""
+        """The policy as a Hugging Face folder step_XXXXXX, then the resume state;
+        older states are dropped.
+        """
         tensors = {}
-        for name, parameter in model.named_parameters():  # full_tensor is a collective: all ranks walk the same way
-            full = parameter.detach().full_tensor()
+        for name, parameter in model.named_parameters():
+            full = parameter.detach().full_tensor()  # a collective: all ranks walk the same way
             if self.ranks.rank == 0:
                 tensors[name] = full.to("cpu", dtype)
         if self.ranks.rank == 0:
@@ -422,7 +477,8 @@ class Run:
             for name, parameter in model.named_parameters():
                 state = optimizer.state[parameter]
                 tensors["step." + name] = state["step"]
-                for kind, value in (("weight", parameter), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
+                for kind, value in (("weight", parameter), ("exp_avg", state["exp_avg"]),
+                                    ("exp_avg_sq", state["exp_avg_sq"])):
                     tensors[f"{kind}.{name}"] = value.detach().to_local().contiguous().cpu()
             save_file(tensors, aside / f"part-{part:05d}-of-{parts:05d}.safetensors")
         dist.barrier()
@@ -436,16 +492,21 @@ class Run:
         dist.barrier()
 
     def restore(self, model, optimizer):
-        """Load the latest state, if any. A rank's part is contiguous rows, so parts join for any number of ranks."""
+        """Load the latest state, if any.
+
+        A rank's part is contiguous rows, so parts join for any number of ranks.
+        """
         if self.state is None:
             return
         mesh = self.ranks.mesh
         part, parts = mesh.get_local_rank("shard"), mesh["shard"].size()
-        files = [safe_open(file, framework="pt") for file in sorted(self.state.glob("part-*.safetensors"))]
+        files = [safe_open(file, framework="pt")
+                 for file in sorted(self.state.glob("part-*.safetensors"))]
         same = len(files) == parts
 
         def fill(kind, name, target):
-            rows = torch.cat([f.get_tensor(f"{kind}.{name}") for f in (files[part:part + 1] if same else files)])
+            rows = torch.cat([f.get_tensor(f"{kind}.{name}")
+                              for f in (files[part:part + 1] if same else files)])
             if not same:
                 size = -(-len(rows) // parts)  # FSDP2 shards like torch.chunk
                 rows = rows[part * size:(part + 1) * size]
@@ -454,7 +515,8 @@ class Run:
         for name, parameter in model.named_parameters():
             fill("weight", name, parameter)
             state = {"step": files[0].get_tensor("step." + name).to(self.ranks.device),
-                     "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                     "exp_avg": torch.zeros_like(parameter),
+                     "exp_avg_sq": torch.zeros_like(parameter)}
             fill("exp_avg", name, state["exp_avg"])
             fill("exp_avg_sq", name, state["exp_avg_sq"])
             optimizer.state[parameter] = state
@@ -463,13 +525,15 @@ class Run:
     def finish(self, **summary):
         if self.ranks.rank == 0:
             config = json.loads((self.folder / "run.json").read_text())["config"]
-            write_text(self.folder / "done.json", json.dumps({"config": config, **summary}, indent=2))
+            write_text(self.folder / "done.json",
+                       json.dumps({"config": config, **summary}, indent=2))
 
 
 def _flat(data, prefix=""):
     flat = {}
     for name, value in data.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (_flat(value, f"{prefix}{name}.") if isinstance(value, dict)
+                 else {prefix + name: value})
     return flat
 
 
@@ -485,10 +549,13 @@ def write_text(path, text):
 def environment(ranks):
     """What a run needs to be reconstructed: versions, machine, commit, command."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor() or platform.machine()
-    return {"command": " ".join(sys.argv), "commit": git.stdout.strip(), "python": platform.python_version(),
-            "torch": torch.__version__, "device": device, "ranks": ranks.world, "threads": torch.get_num_threads(),
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here,
+                         capture_output=True, text=True)
+    device = (torch.cuda.get_device_name() if ranks.device.type == "cuda"
+              else platform.processor() or platform.machine())
+    return {"command": " ".join(sys.argv), "commit": git.stdout.strip(),
+            "python": platform.python_version(), "torch": torch.__version__, "device": device,
+            "ranks": ranks.world, "threads": torch.get_num_threads(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
