@@ -610,8 +610,8 @@ class Tokenizer:
                     for key, value in self.settings.items()
                     if key.endswith("_token") and value is not None}
         try:
-            return environment.from_string(self.template).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True,
-                **specials, **variables)
+            return environment.from_string(self.template).render({
+                "messages": messages, "tools": None, "documents": None,
+                "add_generation_prompt": True, **specials, **variables})
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refused the conversation: {error}") from None

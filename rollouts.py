@@ -67,7 +67,7 @@ def read_json_lines(path):
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a huge number
             raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: not a JSON object")
@@ -374,9 +374,7 @@ def _write(file, columns, metadata):
 
 def import_rollouts(responses, folder, policy, *,
                     temperature=1.0, template="{problem}", lenient=False):
-    """Turn a JSONL file of responses sampled elsewhere into a batch folder;
-    returns the number of rollouts.
-    """
+    """A JSONL file of responses sampled elsewhere -> a batch folder; returns how many there are."""
     import grade
 
     if shard_file(folder, 0).exists():
@@ -386,7 +384,7 @@ def import_rollouts(responses, folder, policy, *,
                                                  "finished", "sampler_logp")}
     for place, row in read_json_lines(responses):
         prompt = row.get("prompt_ids")
-        if prompt is None and "prompt" in row:
+        if prompt is None and isinstance(row.get("prompt"), str):
             prompt = tokenizer.encode(row["prompt"])
         elif prompt is None:
             if "problem" not in row and "messages" not in row:
@@ -401,7 +399,8 @@ def import_rollouts(responses, folder, policy, *,
             if finished and tokenizer.stop and (not response or response[-1] not in tokenizer.stop):
                 response = [*response, tokenizer.stop[0]]  # engines leave it out of the text
         for name, ids in (("prompt", prompt), ("response", response)):
-            if not ids or not all(isinstance(t, int) and 0 <= t < vocab for t in ids):
+            if not isinstance(ids, list) or not ids or not all(
+                    type(t) is int and 0 <= t < vocab for t in ids):
                 raise ValueError(
                     f"{place}: the {name} must be token ids in [0, {vocab}) and not empty")
         reward = row.get("reward")
@@ -409,11 +408,11 @@ def import_rollouts(responses, folder, policy, *,
             reward = grade.grade(tokenizer.decode(response), str(row["answer"]), lenient=lenient)
         elif reward is None:
             raise ValueError(f"{place}: needs reward, or answer to grade against")
-        if reward is not None and (isinstance(reward, str) or not 0 <= float(reward) <= 1):
+        if reward is not None and not (isinstance(reward, int | float) and 0 <= reward <= 1):
             raise ValueError(f"{place}: reward must be a number in [0, 1], not {reward!r}")
-        logp = row.get("logp") or [0.0] * len(response)
-        if len(logp) != len(response) or not all(
-                isinstance(x, (int, float)) and math.isfinite(x) for x in logp):
+        logp = [0.0] * len(response) if row.get("logp") is None else row["logp"]
+        if not isinstance(logp, list) or len(logp) != len(response) or not all(
+                isinstance(x, int | float) and math.isfinite(x) for x in logp):
             raise ValueError(f"{place}: logp must hold {len(response)} finite numbers, "
                              "one a response token")
         columns["tokens"].append([*prompt, *response])
