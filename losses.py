@@ -214,6 +214,9 @@ def k3(logp, ref_logp):
     return torch.exp(-d) - 1.0 + d
 
 
+PENALTIES = {"reverse": reverse_kl, "forward": forward_kl, "k3": k3}  # on pi_old's tokens
+
+
 # ---------------------------------------------------------------- stage 2: the teacher's signal
 
 

@@ -45,6 +45,9 @@ from tqdm import tqdm
 
 import model as models
 
+SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high",
+         "grad_norm", "tokens_per_second")  # a stage's console line; metrics.jsonl has them all
+
 # ---------------------------------------------------------------- config
 
 
@@ -204,6 +207,26 @@ def command(main):
         os._exit(2)  # other ranks may be waiting in a collective: leave at once, torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Train:
+    """The [train] section of both stages."""
+
+    prompts_per_step: int = key(32, "prompts of a minibatch, with all their responses "
+                                    "(paper: 32, 64 or 256)")
+    lr: float = key(1e-6, "learning rate, constant after warm-up (paper, inferred)")
+    warmup: int = key(5, "steps of linear warm-up (ours)")
+    betas: list[float] = key([0.9, 0.95], "AdamW (ours)")
+    weight_decay: float = key(0.0, "AdamW (ours)")
+    clip: float = key(1.0, "largest gradient norm (ours)")
+    seed: int = key(0, "order of the prompts")
+    max_tokens: int = key(32768, "tokens of a micro-batch on one rank; changes memory and speed, "
+                                 "not the result")
+    recompute: bool = key(True, "activation checkpointing by layer")
+    replicas: int = key(0, "copies of the weights over all ranks; 0: one a node")
+    checkpoint_every: int = key(16, "steps between checkpoints; the last step always has one")
+    checkpoint_at: list[int] = key([], "further steps to keep a checkpoint of")
 
 
 # ---------------------------------------------------------------- ranks
