@@ -1,19 +1,24 @@
-"""sample.py - rollouts: a KV-cache sampler with continuous batching, and the collector of the fixed batch.
+"""sample.py - rollouts: a KV-cache sampler with continuous batching, and the collector of the
+fixed batch.
 
-A slot of the cache holds one growing sequence. Each turn of the loop either fills free slots (the prompts that are
-next in line run once, packed, and their keys and values are copied to a slot for each of their samples) or decodes
-one token for every live slot. A finished sequence leaves, the last live slot moves into its place, and the next
-prompt takes the room: the batch stays full until the queue is empty.
+A slot of the cache holds one growing sequence. Each turn of the loop either fills free slots (the
+prompts that are next in line run once, packed, and their keys and values are copied to a slot for
+each of their samples) or decodes one token for every live slot. A finished sequence leaves, the
+last live slot moves into its place, and the next prompt takes the room: the batch stays full until
+the queue is empty.
 
-Randomness is a function of (seed, prompt id, sample number, position) alone: a token is drawn by inverting the
-cumulative distribution at a hashed uniform number. So a sequence does not depend on its neighbours, slots, ranks or
-on where a run was interrupted (up to rounding: a different batch shape may change the last bits of a logit).
+Randomness is a function of (seed, prompt id, sample number, position) alone: a token is drawn by
+inverting the cumulative distribution at a hashed uniform number. So a sequence does not depend on
+its neighbours, slots, ranks or on where a run was interrupted (up to rounding: a different batch
+shape may change the last bits of a logit).
 
-`logp` of a token is at the sampling temperature and *before* top-k, top-p and min-p: log pi, not log of the truncated
-distribution. Training recomputes it anyway (old_logp); the difference is measured and printed there.
+`logp` of a token is at the sampling temperature and *before* top-k, top-p and min-p: log pi, not
+log of the truncated distribution. Training recomputes it anyway (old_logp); the difference is
+measured and printed there.
 
     python sample.py --config configs/toy/sample.toml
-    torchrun --nproc-per-node 8 sample.py --config configs/qwen3_4b/sample.toml     # prompts are split by rank
+    torchrun --nproc-per-node 8 sample.py --config configs/qwen3_4b/sample.toml
+        # prompts are split by rank
 
 A killed sampler started again keeps every shard it had written.
 """
@@ -39,7 +44,9 @@ from runtime import key
 
 
 class Sequence(NamedTuple):
-    """A sampled response: its prompt's place in the list, tokens (stop token included), log-probs, whether it stopped."""
+    """A sampled response: its prompt's place in the list, tokens (stop token included), log-probs,
+    whether it stopped.
+    """
 
     prompt: int
     tokens: list[int]
@@ -47,28 +54,34 @@ class Sequence(NamedTuple):
     finished: bool
 
 
-def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, stop=(), seed=0,
-             slots=256, ids=None):
-    """Sample n responses to each of `prompts` (lists of token ids) -> list of Sequence, prompt by prompt.
+def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
+             stop=(), seed=0, slots=256, ids=None):
+    """Sample n responses to each of `prompts` (lists of token ids) -> list of Sequence, prompt by
+    prompt.
 
-    temperature 0 is greedy (its logp is at temperature 1). Truncation in this order: top_k (0: off), top_p, min_p
-    (relative to the likeliest token); the likeliest token always stays. `stop` token ids end a response and belong to
-    it. `ids` identify the prompts to the random numbers (default: their places). ValueError on an empty prompt.
+    temperature 0 is greedy (its logp is at temperature 1). Truncation in this order: top_k (0:
+    off), top_p, min_p (relative to the likeliest token); the likeliest token always stays. `stop`
+    token ids end a response and belong to it. `ids` identify the prompts to the random numbers
+    (default: their places). ValueError on an empty prompt.
     """
-    settings = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-                    stop=stop, seed=seed, slots=slots, ids=ids)
+    settings = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                    top_k=top_k, min_p=min_p, stop=stop, seed=seed, slots=slots, ids=ids)
     finished = {(s.prompt, sample): s for s, sample in stream(model, prompts, **settings)}
     return [finished[place] for place in sorted(finished)]
 
 
 @torch.no_grad()
-def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, slots, ids=None):
+def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed,
+           slots, ids=None):
     """`generate`, yielding (Sequence, sample number) as they finish."""
     if bad := next((i for i, p in enumerate(prompts) if not len(p)), None) is not None:
         raise ValueError(f"prompt {bad} is empty")
-    if max_new_tokens < 1 or n < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1:
-        raise ValueError("sampling needs max_new_tokens >= 1, n >= 1, temperature >= 0, 0 < top_p <= 1, top_k >= 0, "
-                         f"0 <= min_p <= 1; got {max_new_tokens}, {n}, {temperature}, {top_p}, {top_k}, {min_p}")
+    if (max_new_tokens < 1 or n < 1 or temperature < 0
+            or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1):
+        raise ValueError(
+            "sampling needs max_new_tokens >= 1, n >= 1, temperature >= 0, 0 < top_p <= 1, "
+            "top_k >= 0, 0 <= min_p <= 1; "
+            f"got {max_new_tokens}, {n}, {temperature}, {top_p}, {top_k}, {min_p}")
     device, stop = model.device, frozenset(stop)
     ids = range(len(prompts)) if ids is None else ids
     queue = deque((p, sample) for p in range(len(prompts)) for sample in range(n))
@@ -80,7 +93,8 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
 
     while queue or live:
         room = slots - len(live)
-        if queue and (not live or room >= min(len(queue), max(slots // 8, 1))):  # few, large prefills
+        # few, large prefills
+        if queue and (not live or room >= min(len(queue), max(slots // 8, 1))):
             new = [queue.popleft() for _ in range(min(room, len(queue)))]
             unique = list(dict.fromkeys(p for p, _ in new))
             place = {p: i for i, p in enumerate(unique)}
@@ -89,33 +103,40 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
             packed = torch.tensor([t for p in unique for t in prompts[p]])
             which = torch.tensor([place[p] for p, _ in new], device=device)
             slot = torch.arange(len(live), len(live) + len(new), device=device)
-            hidden = model.prefill(packed.to(device), cu_seqlens.to(device), cache, which, slot)[which]
-            rows = [{"prompt": p, "sample": sample, "seed": _seed(seed, ids[p], sample), "length": len(prompts[p]),
-                     "tokens": [], "logp": []} for p, sample in new]
+            hidden = model.prefill(
+                packed.to(device), cu_seqlens.to(device), cache, which, slot)[which]
+            rows = [{"prompt": p, "sample": sample, "seed": _seed(seed, ids[p], sample),
+                     "length": len(prompts[p]), "tokens": [], "logp": []} for p, sample in new]
             live += rows
         else:
             rows = live
             tokens = torch.tensor([row["tokens"][-1] for row in rows], device=device)
             cached = [row["length"] for row in rows]
-            hidden = model.decode(tokens, torch.tensor(cached, device=device), cache, max(cached) + 1)
+            hidden = model.decode(
+                tokens, torch.tensor(cached, device=device), cache, max(cached) + 1)
             for row in rows:
                 row["length"] += 1
 
-        uniform = _uniform(torch.tensor([row["seed"] for row in rows]), torch.tensor([len(row["tokens"]) for row in rows]))
+        uniform = _uniform(torch.tensor([row["seed"] for row in rows]),
+                           torch.tensor([len(row["tokens"]) for row in rows]))
         logits = kernels.logits(hidden, model.head)  # [S, V] float32
-        tokens, logp = pick(logits, uniform.to(device), temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+        tokens, logp = pick(logits, uniform.to(device), temperature=temperature, top_p=top_p,
+                            top_k=top_k, min_p=min_p)
         for row, token, lp in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
             row["tokens"].append(token)
             row["logp"].append(lp)
 
-        over = [i for i, row in enumerate(live) if row["tokens"][-1] in stop or len(row["tokens"]) == max_new_tokens]
+        over = [i for i, row in enumerate(live)
+                if row["tokens"][-1] in stop or len(row["tokens"]) == max_new_tokens]
         for i in over:
             row = live[i]
-            yield Sequence(row["prompt"], row["tokens"], row["logp"], row["tokens"][-1] in stop), row["sample"]
+            yield (Sequence(row["prompt"], row["tokens"], row["logp"], row["tokens"][-1] in stop),
+                   row["sample"])
         if over:  # the last live slots move into the places that became free
             left = len(live) - len(over)
             gone = set(over)
-            source, target = [i for i in range(left, len(live)) if i not in gone], [i for i in over if i < left]
+            source, target = ([i for i in range(left, len(live)) if i not in gone],
+                              [i for i in over if i < left])
             if source:
                 cache.move(source, target, max(live[i]["length"] for i in source))
             for a, b in zip(source, target, strict=True):
@@ -124,7 +145,9 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
 
 
 def pick(logits, uniform, *, temperature, top_p=1.0, top_k=0, min_p=0.0):
-    """Draw one token a row: logits [S, V] float32, uniform [S] float64 in [0, 1) -> (tokens [S], logp [S])."""
+    """Draw one token a row: logits [S, V] float32, uniform [S] float64 in [0, 1)
+    -> (tokens [S], logp [S]).
+    """
     logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     if temperature == 0:
         tokens = logits.argmax(-1)
@@ -145,18 +168,25 @@ def pick(logits, uniform, *, temperature, top_p=1.0, top_k=0, min_p=0.0):
 
 
 def _invert(p, uniform):
-    """Index at which the cumulative sum of p [S, V] (not necessarily normalised) passes uniform * total."""
+    """Index at which the cumulative sum of p [S, V] (not necessarily normalised) passes
+    uniform * total.
+    """
     total = p.cumsum(-1)
     index = torch.searchsorted(total, (uniform * total[:, -1])[:, None], right=True)[:, 0]
     return index.clamp(max=p.shape[1] - 1)
 
 
 def _seed(seed, prompt_id, sample):
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{prompt_id}/{sample}".encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}/{prompt_id}/{sample}".encode(), digest_size=8).digest(),
+        "little", signed=True)
 
 
 def _uniform(seeds, positions):
-    """52 random bits in [0, 1) from (sequence seed, position): splitmix64's finaliser. int64 [S], [S] -> float64 [S]"""
+    """52 random bits in [0, 1) from (sequence seed, position): splitmix64's finaliser.
+
+    int64 [S], [S] -> float64 [S]
+    """
     def logical_shift(x, bits):
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
@@ -167,15 +197,19 @@ def _uniform(seeds, positions):
 
 
 def default_slots(model, length, available):
-    """How many sequences of `length` tokens fit the free GPU memory (9/10 of it), or 512 on a CPU; at most available."""
+    """How many sequences of `length` tokens fit the free GPU memory (9/10 of it), or 512 on a CPU;
+    at most available.
+    """
     if model.device.type != "cuda":
         return min(512, available)
     c = model.config
-    token = 2 * c.layers * c.kv_heads * c.head_dim * model.head.element_size()  # bytes of keys and values
+    # bytes of keys and values
+    token = 2 * c.layers * c.kv_heads * c.head_dim * model.head.element_size()
     logits = 6 * 8 * c.vocab  # temporaries of drawing a token, per slot
     fit = int(0.9 * torch.cuda.mem_get_info(model.device)[0] / (token * length + logits))
     if fit < 1:
-        raise ValueError(f"not even one sequence of {length} tokens fits this GPU's memory; lower max_new_tokens")
+        raise ValueError(f"not even one sequence of {length} tokens fits this GPU's memory; "
+                         "lower max_new_tokens")
     return min(fit, 1024, available)
 
 
@@ -200,7 +234,8 @@ class Config:
     answer: str = key("answer", "name of the answer field")
     lenient: bool = key(False, "grade unboxed answers too (base models)")
     slots: int = key(0, "sequences decoded at a time; 0: as many as fit")
-    prompts_per_shard: int = key(16, "prompts of one file; a killed run loses at most the files in flight")
+    prompts_per_shard: int = key(
+        16, "prompts of one file; a killed run loses at most the files in flight")
 
 
 def main():
@@ -208,31 +243,41 @@ def main():
     ranks = runtime.start()
     rows = rollouts.read_prompts(cfg.prompts, problem=cfg.problem, answer=cfg.answer)
     if cfg.num_prompts > len(rows):
-        raise ValueError(f"{cfg.prompts}: num_prompts = {cfg.num_prompts}, but the file has {len(rows)}")
-    chosen = sorted(random.Random(f"prompts-{cfg.seed}").sample(range(len(rows)), cfg.num_prompts or len(rows)))
-    shards = [chosen[i:i + cfg.prompts_per_shard] for i in range(0, len(chosen), cfg.prompts_per_shard)]
-    header = {"policy": cfg.policy, "fingerprint": runtime.fingerprint(cfg.policy, ranks), "prompts": cfg.prompts,
-              "prompts_digest": hashlib.sha256(Path(cfg.prompts).read_bytes()).hexdigest()[:16], "shards": len(shards),
-              "source": "sample", **{name: getattr(cfg, name) for name in (
-                  "num_prompts", "n", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "template", "lenient")}}
+        raise ValueError(
+            f"{cfg.prompts}: num_prompts = {cfg.num_prompts}, but the file has {len(rows)}")
+    chosen = sorted(random.Random(f"prompts-{cfg.seed}").sample(
+        range(len(rows)), cfg.num_prompts or len(rows)))
+    shards = [chosen[i:i + cfg.prompts_per_shard]
+              for i in range(0, len(chosen), cfg.prompts_per_shard)]
+    header = {"policy": cfg.policy, "fingerprint": runtime.fingerprint(cfg.policy, ranks),
+              "prompts": cfg.prompts,
+              "prompts_digest": hashlib.sha256(Path(cfg.prompts).read_bytes()).hexdigest()[:16],
+              "shards": len(shards), "source": "sample",
+              **{name: getattr(cfg, name) for name in (
+                  "num_prompts", "n", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
+                  "seed", "template", "lenient")}}
     if cfg.temperature == 0:
-        raise ValueError("temperature 0 (greedy) makes n equal responses without log-probs: no batch to learn from")
+        raise ValueError("temperature 0 (greedy) makes n equal responses without log-probs: "
+                         "no batch to learn from")
 
     wanted = {"format": rollouts.FORMAT, **header}
     for file in sorted(Path(cfg.output).glob("shard-*.safetensors")):
         there = rollouts.read_header(file)
         if differ := sorted(k for k in {*there, *wanted} if there.get(k) != wanted.get(k)):
             k = differ[0]
-            raise ValueError(f"{file}: sampled with {k} = {there.get(k)!r}, now {wanted.get(k)!r}; choose another output")
+            raise ValueError(f"{file}: sampled with {k} = {there.get(k)!r}, now {wanted.get(k)!r}; "
+                             "choose another output")
     dist.barrier()
-    mine = [s for s in range(ranks.rank, len(shards), ranks.world) if not rollouts.shard_file(cfg.output, s).is_file()]
+    mine = [s for s in range(ranks.rank, len(shards), ranks.world)
+            if not rollouts.shard_file(cfg.output, s).is_file()]
     if mine:
         collect(cfg, ranks, rows, shards, mine, header)
     dist.barrier()
     if ranks.rank == 0:
         batch = rollouts.load(cfg.output)
         print(f"{cfg.output}: {len(batch)} rollouts, mean reward {batch.reward.nanmean():.3f}, "
-              f"{int(batch.reward.isnan().sum())} undecided, {int((~batch.finished).sum())} truncated, "
+              f"{int(batch.reward.isnan().sum())} undecided, "
+              f"{int((~batch.finished).sum())} truncated, "
               f"mean length {batch.response_length.float().mean():.1f}", flush=True)
 
 
@@ -248,11 +293,12 @@ def collect(cfg, ranks, rows, shards, mine, header):
     shard_of = {row: s for s in mine for row in shards[s]}
     waiting = {s: {} for s in mine}
     began, tokens, rewards = time.perf_counter(), 0, []
-    progress = tqdm(total=total, desc=f"sampling (rank 0 of {ranks.world}, {slots} slots)", unit="seq",
-                    disable=ranks.rank != 0, mininterval=5)
+    progress = tqdm(total=total, desc=f"sampling (rank 0 of {ranks.world}, {slots} slots)",
+                    unit="seq", disable=ranks.rank != 0, mininterval=5)
     for sequence, sample in stream(
-            model, prompts, n=cfg.n, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
-            top_k=cfg.top_k, min_p=cfg.min_p, stop=tokenizer.stop, seed=cfg.seed, slots=slots, ids=order):
+            model, prompts, n=cfg.n, max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
+            stop=tokenizer.stop, seed=cfg.seed, slots=slots, ids=order):
         row = order[sequence.prompt]
         s = shard_of[row]
         waiting[s][row, sample] = sequence
@@ -262,16 +308,19 @@ def collect(cfg, ranks, rows, shards, mine, header):
             continue
         done = sorted(waiting.pop(s).items())
         texts = [tokenizer.decode(sequence.tokens) for _, sequence in done]
-        reward = grade.grade_many(texts, [rows[row]["answer"] for (row, _), _ in done], lenient=cfg.lenient)
+        reward = grade.grade_many(
+            texts, [rows[row]["answer"] for (row, _), _ in done], lenient=cfg.lenient)
         rewards += [r for r in reward if r is not None]
         starts = [prompts[sequence.prompt] for _, sequence in done]
         rollouts.write_shard(
-            cfg.output, s, header, tokens=[p + q.tokens for p, (_, q) in zip(starts, done, strict=True)],
-            prompt_length=[len(p) for p in starts], prompt=[row for (row, _), _ in done], reward=reward,
-            finished=[q.finished for _, q in done],
+            cfg.output, s, header,
+            tokens=[p + q.tokens for p, (_, q) in zip(starts, done, strict=True)],
+            prompt_length=[len(p) for p in starts], prompt=[row for (row, _), _ in done],
+            reward=reward, finished=[q.finished for _, q in done],
             sampler_logp=[[0.0] * len(p) + q.logp for p, (_, q) in zip(starts, done, strict=True)])
-        progress.set_postfix_str(f"{tokens / (time.perf_counter() - began):.0f} tokens/s, "
-                                 f"mean reward {sum(rewards) / max(len(rewards), 1):.3f}", refresh=False)
+        progress.set_postfix_str(
+            f"{tokens / (time.perf_counter() - began):.0f} tokens/s, "
+            f"mean reward {sum(rewards) / max(len(rewards), 1):.3f}", refresh=False)
     progress.close()
 
 

@@ -1,27 +1,29 @@
 """stage1.py - the teacher: many off-policy steps on one fixed batch, pushed into an extreme region.
 
-Every row of the batch was sampled once, by pi_old. Stage 1 walks over it again and again with a loss that
-holds the policy back only weakly, and keeps a checkpoint every few steps:
+Every row of the batch was sampled once, by pi_old. Stage 1 walks over it again and again with a
+loss that holds the policy back only weakly, and keeps a checkpoint every few steps:
 
     old_logp            log pi_old of the batch, by this trainer's own forward pass, once
     for step in steps:
         minibatch       `prompts_per_step` prompts, all their responses, packed into micro-batches
         logp, entropy   of the response tokens under pi_theta
-        loss            one of losses.py, averaged over the global minibatch (all ranks, all micro-batches)
+        loss            one of losses.py, averaged over the global minibatch (all ranks, all
+                        micro-batches)
         AdamW           float32 weights, clipped gradient
 
     loss.name   objective, per token (per response for ce)                       what it needs
-    ce          cross-entropy of the implicit reward beta * sum log pi/pi_ref     beta, aggregate, reference
-    sapo        soft-gated policy gradient                                        tau_pos, tau_neg
-    grpo        PPO clip with group advantages (normalize = false: Dr.GRPO)       clip_low, clip_high
-    cispo       truncated importance weights                                      clip_high
-    mse         probability of each token fitted to the outcome: unlearns first   negative_weight
-    sft         log-likelihood of the responses with reward 1                     -
+    ce          cross-entropy of the implicit reward beta * sum log pi/pi_ref    beta, aggregate,
+                                                                                 reference
+    sapo        soft-gated policy gradient                                       tau_pos, tau_neg
+    grpo        PPO clip with group advantages (normalize = false: Dr.GRPO)      clip_low, clip_high
+    cispo       truncated importance weights                                     clip_high
+    mse         probability of each token fitted to the outcome: unlearns first  negative_weight
+    sft         log-likelihood of the responses with reward 1                    -
     each plus   kl_coef * KL_t - entropy_coef * H_t
 
-What to look for in metrics.jsonl: fast gains for dozens of steps (seen by evaluating the checkpoints with
-evaluate.py), p_positive and p_negative drifting apart, entropy falling, kl_reverse growing without bound.
-The last policy is not the product; stage2.py makes the product from it.
+What to look for in metrics.jsonl: fast gains for dozens of steps (seen by evaluating the
+checkpoints with evaluate.py), p_positive and p_negative drifting apart, entropy falling, kl_reverse
+growing without bound. The last policy is not the product; stage2.py makes the product from it.
 
     python stage1.py --config configs/toy/stage1.toml
     torchrun --nproc-per-node 8 stage1.py --config configs/qwen3_4b/stage1.toml --set loss.beta=0.01
@@ -40,25 +42,34 @@ import runtime
 from runtime import key, section
 
 PENALTY = {"reverse": losses.reverse_kl, "forward": losses.forward_kl, "k3": losses.k3}
-SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high", "grad_norm", "tokens_per_second")
+SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high",
+         "grad_norm", "tokens_per_second")
 
 
 @dataclass(frozen=True)
 class Loss:
     name: str = key("ce", "ce, sapo, grpo, cispo, mse or sft")
-    beta: float = key(0.05, "ce: scale of the implicit reward = strength of the KL constraint (the paper tunes 0.001-0.05)")
+    beta: float = key(
+        0.05, "ce: scale of the implicit reward = strength of the KL constraint "
+        "(the paper tunes 0.001-0.05)")
     aggregate: str = key("sum", "ce: log-ratios of a response are summed or averaged (sum, mean)")
-    reference: str = key("old", "ce: pi_ref, 'old', 'start' (the policy trained from) or a checkpoint folder")
+    reference: str = key(
+        "old", "ce: pi_ref, 'old', 'start' (the policy trained from) or a checkpoint folder")
     clip_low: float = key(0.2, "grpo: lower clip (paper)")
-    clip_high: float = key(0.28, "grpo: upper clip (paper); cispo: cap on rho - 1, 4 is usual there")
+    clip_high: float = key(
+        0.28, "grpo: upper clip (paper); cispo: cap on rho - 1, 4 is usual there")
     tau_pos: float = key(1.0, "sapo: temperature where the advantage is positive (paper)")
     tau_neg: float = key(1.05, "sapo: temperature where it is negative (paper)")
-    negative_weight: float = key(1.0, "mse: weight on tokens of responses with reward 0; more unlearns more")
-    normalize: bool = key(True, "grpo, sapo, cispo: divide the group advantage by its std; false is Dr.GRPO")
-    average: str = key("token", "token (each token weighs the same), sequence (each response) or fixed (Dr.GRPO)")
+    negative_weight: float = key(
+        1.0, "mse: weight on tokens of responses with reward 0; more unlearns more")
+    normalize: bool = key(
+        True, "grpo, sapo, cispo: divide the group advantage by its std; false is Dr.GRPO")
+    average: str = key(
+        "token", "token (each token weighs the same), sequence (each response) or fixed (Dr.GRPO)")
     fixed_length: int = key(0, "average = fixed: the constant number of tokens to divide by")
     kl: str = key("reverse", "penalty on pi_old's tokens: reverse, forward or k3 (chi^2 - KL)")
-    kl_coef: float = key(0.0, "weight of the penalty; 0: weakly constrained, which is the point of stage 1")
+    kl_coef: float = key(
+        0.0, "weight of the penalty; 0: weakly constrained, which is the point of stage 1")
     entropy_coef: float = key(0.0, "weight of the entropy bonus")
 
     def __post_init__(self):
@@ -67,20 +78,23 @@ class Loss:
         runtime.one_of("loss.average", self.average, ("token", "sequence", "fixed"))
         runtime.one_of("loss.kl", self.kl, PENALTY)
         if self.average == "fixed" and self.fixed_length < 1:
-            raise ValueError("loss.average = fixed needs loss.fixed_length, the constant number of tokens to divide by")
+            raise ValueError("loss.average = fixed needs loss.fixed_length, "
+                             "the constant number of tokens to divide by")
 
 
 @dataclass(frozen=True)
 class Train:
     steps: int = key(64, "optimiser steps; may be raised to go on from a finished run")
-    prompts_per_step: int = key(32, "prompts of a minibatch, with all their responses (paper: 32, 64 or 256)")
+    prompts_per_step: int = key(
+        32, "prompts of a minibatch, with all their responses (paper: 32, 64 or 256)")
     lr: float = key(1e-6, "learning rate, constant after warm-up (paper, inferred)")
     warmup: int = key(5, "steps of linear warm-up (ours)")
     betas: list[float] = key([0.9, 0.95], "AdamW (ours)")
     weight_decay: float = key(0.0, "AdamW (ours)")
     clip: float = key(1.0, "largest gradient norm (ours)")
     seed: int = key(0, "order of the prompts")
-    max_tokens: int = key(32768, "tokens of a micro-batch on one rank; changes memory and speed, not the result")
+    max_tokens: int = key(
+        32768, "tokens of a micro-batch on one rank; changes memory and speed, not the result")
     recompute: bool = key(True, "activation checkpointing by layer")
     replicas: int = key(0, "copies of the weights over all ranks; 0: one a node")
     checkpoint_every: int = key(16, "steps between checkpoints; the last step always has one")
@@ -89,11 +103,14 @@ class Train:
 
 @dataclass(frozen=True)
 class Config:
-    policy: str = key(help="checkpoint folder to train from; pi_old itself, or an unlearned one to recover")
+    policy: str = key(
+        help="checkpoint folder to train from; pi_old itself, or an unlearned one to recover")
     batch: str = key(help="folder of rollouts (sample.py, or rollouts.py import)")
     output: str = key(help="run folder")
-    old: str = key("", "checkpoint folder that sampled the batch; default: the one its header names")
-    logprob_temperature: float = key(0.0, "temperature of all log-probs; 0: the one the batch was sampled at")
+    old: str = key(
+        "", "checkpoint folder that sampled the batch; default: the one its header names")
+    logprob_temperature: float = key(
+        0.0, "temperature of all log-probs; 0: the one the batch was sampled at")
     drop_unfinished: bool = key(False, "leave out truncated responses")
     loss: Loss = section(Loss)
     train: Train = section(Train)
@@ -115,55 +132,73 @@ def main():
     kept = (~undecided & ~(truncated & cfg.drop_unfinished)).nonzero()[:, 0]
     if not len(kept):
         raise ValueError(f"{cfg.batch}: no row is left to train on")
-    ranks.print(f"{len(kept)} of {len(batch)} rollouts ({int(undecided.sum())} undecided left out, {int(truncated.sum())} "
-                f"truncated{' left out' if cfg.drop_unfinished else ''}), mean reward {batch.reward[kept].mean():.3f}")
-    if temperature == batch.temperature and (batch.header.get("top_p", 1.0) < 1 or batch.header.get("top_k", 0)):
-        ranks.print("the batch was sampled with top-p or top-k; rho = pi_theta / pi_old ignores that truncation")
+    ranks.print(f"{len(kept)} of {len(batch)} rollouts ({int(undecided.sum())} undecided left out, "
+                f"{int(truncated.sum())} truncated{' left out' if cfg.drop_unfinished else ''}), "
+                f"mean reward {batch.reward[kept].mean():.3f}")
+    if temperature == batch.temperature and (
+            batch.header.get("top_p", 1.0) < 1 or batch.header.get("top_k", 0)):
+        ranks.print("the batch was sampled with top-p or top-k; rho = pi_theta / pi_old ignores "
+                    "that truncation")
 
-    old_logp, fingerprint = runtime.batch_logp(batch, old, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
+    old_logp, fingerprint = runtime.batch_logp(
+        batch, old, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
     if fingerprint != batch.header["fingerprint"]:
-        raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; set old to the one that is")
+        raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; "
+                         "set old to the one that is")
     if batch.header.get("source") != "import":
         gap = (old_logp - batch.sampler_logp)[batch.response].abs()
         if temperature == batch.temperature:
-            ranks.print(f"sampler and trainer log-probs differ by {gap.mean():.2g} on average, {gap.max():.2g} at most")
+            ranks.print(f"sampler and trainer log-probs differ by {gap.mean():.2g} on average, "
+                        f"{gap.max():.2g} at most")
     reference = {"old": old, "start": cfg.policy}.get(cfg.loss.reference, cfg.loss.reference)
     ref_logp = old_logp if reference == old or cfg.loss.name != "ce" else runtime.batch_logp(
         batch, reference, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)[0]
 
     advantage = torch.zeros(len(batch))
-    advantage[kept] = losses.group_advantage(batch.reward[kept], batch.prompt[kept], normalize=cfg.loss.normalize)
+    advantage[kept] = losses.group_advantage(
+        batch.reward[kept], batch.prompt[kept], normalize=cfg.loss.normalize)
 
     model = runtime.policy(cfg.policy, ranks, recompute=cfg.train.recompute)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
     run.restore(model, optimizer)
     prompts = len(torch.unique(batch.prompt[kept]))
-    ranks.print(f"steps {run.first + 1} to {cfg.train.steps} of {cfg.train.prompts_per_step} prompts on {ranks.world} rank(s); "
-                f"an epoch of {prompts} prompts is {prompts / cfg.train.prompts_per_step:.1f} steps")
+    ranks.print(f"steps {run.first + 1} to {cfg.train.steps} of {cfg.train.prompts_per_step} "
+                f"prompts on {ranks.world} rank(s); an epoch of {prompts} prompts is "
+                f"{prompts / cfg.train.prompts_per_step:.1f} steps")
     dtype = models.stored_dtype(cfg.policy)
 
     for step in range(run.first, cfg.train.steps):
         began = time.perf_counter()
-        rows = kept[runtime.minibatch(batch.prompt[kept], step, cfg.train.prompts_per_step, cfg.train.seed)]
-        count = {"tokens": int(batch.response_length[rows].sum()), "sequences": len(rows)}  # of the global minibatch
+        rows = kept[runtime.minibatch(
+            batch.prompt[kept], step, cfg.train.prompts_per_step, cfg.train.seed)]
+        # of the global minibatch
+        count = {"tokens": int(batch.response_length[rows].sum()), "sequences": len(rows)}
         total, seen = torch.zeros((), device=ranks.device), []
 
         for micro in batch.share(rows, cfg.train.max_tokens, ranks.rank, ranks.world):
-            old_t, ref_t = old_logp[micro.place].to(ranks.device), ref_logp[micro.place].to(ranks.device)  # [T]
-            reward, A = batch.reward[micro.row].to(ranks.device), advantage[micro.row].to(ranks.device)  # [B]
+            old_t, ref_t = (old_logp[micro.place].to(ranks.device),
+                            ref_logp[micro.place].to(ranks.device))  # [T]
+            reward, A = (batch.reward[micro.row].to(ranks.device),
+                         advantage[micro.row].to(ranks.device))  # [B]
             micro = micro.to(ranks.device)
-            logp, entropy = model.logp(micro.tokens, micro.cu_seqlens, micro.scored, temperature=temperature, entropy=True)
-            loss = objective(cfg.loss, logp, old_t, ref_t, entropy, A[micro.segment], reward, micro.segment, count)
-            (loss * ranks.world).backward()  # FSDP2 averages gradients over ranks; the loss is a share of a global mean
+            logp, entropy = model.logp(micro.tokens, micro.cu_seqlens, micro.scored,
+                                       temperature=temperature, entropy=True)
+            loss = objective(cfg.loss, logp, old_t, ref_t, entropy, A[micro.segment], reward,
+                             micro.segment, count)
+            # FSDP2 averages gradients over ranks; the loss is a share of a global mean
+            (loss * ranks.world).backward()
             total += loss.detach()
             seen.append((logp.detach(), entropy.detach(), micro.place, micro.row[micro.segment]))
 
         dist.all_reduce(total)
-        logp, entropy, place, row = (ranks.gather(torch.cat(column)).cpu() for column in zip(*seen, strict=True))
+        logp, entropy, place, row = (ranks.gather(torch.cat(column)).cpu()
+                                     for column in zip(*seen, strict=True))
         grad_norm = runtime.clip_gradients(model, cfg.train.clip)
         runtime.require_finite(step, float(total), grad_norm, row, logp)
-        if step == 0 and inputs["policy"] == fingerprint and float((logp - old_logp[place]).abs().mean()) > 0.01:
-            raise ValueError("before any update the policy's log-probs differ from old_logp: the forward pass is not stable")
+        if (step == 0 and inputs["policy"] == fingerprint
+                and float((logp - old_logp[place]).abs().mean()) > 0.01):
+            raise ValueError("before any update the policy's log-probs differ from old_logp: "
+                             "the forward pass is not stable")
         for group in optimizer.param_groups:
             group["lr"] = runtime.warmup(cfg.train.lr, step, cfg.train.warmup)
         optimizer.step()
@@ -175,21 +210,28 @@ def main():
                 logp, old_logp[place], entropy, advantage[row], batch.reward, row,
                 clip_low=cfg.loss.clip_low, clip_high=cfg.loss.clip_high),
             "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-            "tokens_per_second": int(batch.lengths[rows].sum()) / seconds, "memory_gib": runtime.memory_gib(ranks)}, SHOWN)
-        if (step + 1) % cfg.train.checkpoint_every == 0 or step + 1 in (*cfg.train.checkpoint_at, cfg.train.steps):
+            "tokens_per_second": int(batch.lengths[rows].sum()) / seconds,
+            "memory_gib": runtime.memory_gib(ranks)}, SHOWN)
+        if ((step + 1) % cfg.train.checkpoint_every == 0
+                or step + 1 in (*cfg.train.checkpoint_at, cfg.train.steps)):
             run.checkpoint(step + 1, model, optimizer, dtype)
     run.finish(steps=cfg.train.steps)
 
 
 def objective(c, logp, old_logp, ref_logp, entropy, advantage, reward, segment, count):
-    """One micro-batch's share of the global loss. Token columns [T]; reward [B]; count: the global minibatch's sizes."""
+    """One micro-batch's share of the global loss.
+
+    Token columns [T]; reward [B]; count: the global minibatch's sizes.
+    """
     match c.name:
         case "ce":
-            loss = losses.ce(logp, ref_logp, reward, segment, beta=c.beta, aggregate=c.aggregate).sum() / count["sequences"]
+            loss = losses.ce(logp, ref_logp, reward, segment, beta=c.beta,
+                             aggregate=c.aggregate).sum() / count["sequences"]
         case "sapo":
             loss = losses.sapo(logp, old_logp, advantage, tau_pos=c.tau_pos, tau_neg=c.tau_neg)
         case "grpo":
-            loss = losses.grpo(logp, old_logp, advantage, clip_low=c.clip_low, clip_high=c.clip_high)
+            loss = losses.grpo(logp, old_logp, advantage,
+                               clip_low=c.clip_low, clip_high=c.clip_high)
         case "cispo":
             loss = losses.cispo(logp, old_logp, advantage, clip_high=c.clip_high)
         case "mse":
