@@ -376,7 +376,7 @@ def batch_logp(batch, path, ranks, *, temperature, max_tokens):
     [T] float32, 0 on prompts.
 
     Computed once, kept as a column of the batch, found again by fingerprint and temperature. The
-    checkpoint is loaded, used and dropped. Returns (logp, fingerprint).
+    checkpoint is loaded, used and dropped.
     """
     checkpoint = fingerprint(path, ranks)
     logp = batch.read_column(checkpoint, temperature)
@@ -406,7 +406,7 @@ def batch_logp(batch, path, ranks, *, temperature, max_tokens):
         dist.barrier()
         del model
         gc.collect()
-    return logp, checkpoint
+    return logp
 
 
 # ---------------------------------------------------------------- the run folder

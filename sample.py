@@ -74,9 +74,9 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0,
 def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed,
            slots, ids=None):
     """`generate`, yielding (Sequence, sample number) as they finish."""
-    if bad := next((i for i, p in enumerate(prompts) if not len(p)), None) is not None:
-        raise ValueError(f"prompt {bad} is empty")
-    if (max_new_tokens < 1 or n < 1 or temperature < 0
+    if empty := [i for i, p in enumerate(prompts) if not len(p)]:
+        raise ValueError(f"prompt {empty[0]} is empty")
+    if (max_new_tokens < 1 or n < 1 or not 0 <= temperature < float("inf")
             or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1):
         raise ValueError(
             "sampling needs max_new_tokens >= 1, n >= 1, temperature >= 0, 0 < top_p <= 1, "
@@ -237,6 +237,11 @@ class Config:
     prompts_per_shard: int = key(
         16, "prompts of one file; a killed run loses at most the files in flight")
 
+    def __post_init__(self):
+        for name, least in (("num_prompts", 0), ("n", 1), ("prompts_per_shard", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
 
 def main():
     cfg = runtime.parse(Config, __doc__)
@@ -255,7 +260,7 @@ def main():
               "shards": len(shards), "source": "sample",
               **{name: getattr(cfg, name) for name in (
                   "num_prompts", "n", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
-                  "seed", "template", "lenient")}}
+                  "seed", "template", "problem", "answer", "lenient", "prompts_per_shard")}}
     if cfg.temperature == 0:
         raise ValueError("temperature 0 (greedy) makes n equal responses without log-probs: "
                          "no batch to learn from")

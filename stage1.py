@@ -41,10 +41,6 @@ import rollouts
 import runtime
 from runtime import key, section
 
-PENALTY = {"reverse": losses.reverse_kl, "forward": losses.forward_kl, "k3": losses.k3}
-SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high",
-         "grad_norm", "tokens_per_second")
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -76,29 +72,10 @@ class Loss:
         runtime.one_of("loss.name", self.name, ("ce", "sapo", "grpo", "cispo", "mse", "sft"))
         runtime.one_of("loss.aggregate", self.aggregate, ("sum", "mean"))
         runtime.one_of("loss.average", self.average, ("token", "sequence", "fixed"))
-        runtime.one_of("loss.kl", self.kl, PENALTY)
+        runtime.one_of("loss.kl", self.kl, losses.PENALTIES)
         if self.average == "fixed" and self.fixed_length < 1:
             raise ValueError("loss.average = fixed needs loss.fixed_length, "
                              "the constant number of tokens to divide by")
-
-
-@dataclass(frozen=True)
-class Train:
-    steps: int = key(64, "optimiser steps; may be raised to go on from a finished run")
-    prompts_per_step: int = key(
-        32, "prompts of a minibatch, with all their responses (paper: 32, 64 or 256)")
-    lr: float = key(1e-6, "learning rate, constant after warm-up (paper, inferred)")
-    warmup: int = key(5, "steps of linear warm-up (ours)")
-    betas: list[float] = key([0.9, 0.95], "AdamW (ours)")
-    weight_decay: float = key(0.0, "AdamW (ours)")
-    clip: float = key(1.0, "largest gradient norm (ours)")
-    seed: int = key(0, "order of the prompts")
-    max_tokens: int = key(
-        32768, "tokens of a micro-batch on one rank; changes memory and speed, not the result")
-    recompute: bool = key(True, "activation checkpointing by layer")
-    replicas: int = key(0, "copies of the weights over all ranks; 0: one a node")
-    checkpoint_every: int = key(16, "steps between checkpoints; the last step always has one")
-    checkpoint_at: list[int] = key([], "further steps to keep a checkpoint of")
 
 
 @dataclass(frozen=True)
@@ -112,8 +89,9 @@ class Config:
     logprob_temperature: float = key(
         0.0, "temperature of all log-probs; 0: the one the batch was sampled at")
     drop_unfinished: bool = key(False, "leave out truncated responses")
+    steps: int = key(64, "optimiser steps; may be raised to go on from a finished run")
     loss: Loss = section(Loss)
-    train: Train = section(Train)
+    train: runtime.Train = section(runtime.Train)
 
 
 def main():
@@ -122,8 +100,9 @@ def main():
     batch = rollouts.load(cfg.batch)
     old = cfg.old or batch.header["policy"]
     temperature = cfg.logprob_temperature or batch.temperature
-    inputs = {"policy": runtime.fingerprint(cfg.policy, ranks), "batch": batch.digest}
-    run = runtime.Run(cfg.output, cfg, inputs, ranks, may_change=("train.steps",))
+    inputs = {"policy": runtime.fingerprint(cfg.policy, ranks),
+              "old": runtime.fingerprint(old, ranks), "batch": batch.digest}
+    run = runtime.Run(cfg.output, cfg, inputs, ranks, may_change=("steps",))
     if run.done:
         return ranks.print(f"{cfg.output}: already complete")
 
@@ -140,11 +119,11 @@ def main():
         ranks.print("the batch was sampled with top-p or top-k; rho = pi_theta / pi_old ignores "
                     "that truncation")
 
-    old_logp, fingerprint = runtime.batch_logp(
-        batch, old, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
-    if fingerprint != batch.header["fingerprint"]:
+    if inputs["old"] != batch.header["fingerprint"]:
         raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; "
                          "set old to the one that is")
+    old_logp = runtime.batch_logp(
+        batch, old, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
     if batch.header.get("source") != "import":
         gap = (old_logp - batch.sampler_logp)[batch.response].abs()
         if temperature == batch.temperature:
@@ -152,7 +131,7 @@ def main():
                         f"{gap.max():.2g} at most")
     reference = {"old": old, "start": cfg.policy}.get(cfg.loss.reference, cfg.loss.reference)
     ref_logp = old_logp if reference == old or cfg.loss.name != "ce" else runtime.batch_logp(
-        batch, reference, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)[0]
+        batch, reference, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
 
     advantage = torch.zeros(len(batch))
     advantage[kept] = losses.group_advantage(
@@ -162,12 +141,12 @@ def main():
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
     run.restore(model, optimizer)
     prompts = len(torch.unique(batch.prompt[kept]))
-    ranks.print(f"steps {run.first + 1} to {cfg.train.steps} of {cfg.train.prompts_per_step} "
+    ranks.print(f"steps {run.first + 1} to {cfg.steps} of {cfg.train.prompts_per_step} "
                 f"prompts on {ranks.world} rank(s); an epoch of {prompts} prompts is "
                 f"{prompts / cfg.train.prompts_per_step:.1f} steps")
     dtype = models.stored_dtype(cfg.policy)
 
-    for step in range(run.first, cfg.train.steps):
+    for step in range(run.first, cfg.steps):
         began = time.perf_counter()
         rows = kept[runtime.minibatch(
             batch.prompt[kept], step, cfg.train.prompts_per_step, cfg.train.seed)]
@@ -195,7 +174,7 @@ def main():
                                      for column in zip(*seen, strict=True))
         grad_norm = runtime.clip_gradients(model, cfg.train.clip)
         runtime.require_finite(step, float(total), grad_norm, row, logp)
-        if (step == 0 and inputs["policy"] == fingerprint
+        if (step == 0 and inputs["policy"] == inputs["old"]
                 and float((logp - old_logp[place]).abs().mean()) > 0.01):
             raise ValueError("before any update the policy's log-probs differ from old_logp: "
                              "the forward pass is not stable")
@@ -211,11 +190,11 @@ def main():
                 clip_low=cfg.loss.clip_low, clip_high=cfg.loss.clip_high),
             "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
             "tokens_per_second": int(batch.lengths[rows].sum()) / seconds,
-            "memory_gib": runtime.memory_gib(ranks)}, SHOWN)
+            "memory_gib": runtime.memory_gib(ranks)}, runtime.SHOWN)
         if ((step + 1) % cfg.train.checkpoint_every == 0
-                or step + 1 in (*cfg.train.checkpoint_at, cfg.train.steps)):
+                or step + 1 in (*cfg.train.checkpoint_at, cfg.steps)):
             run.checkpoint(step + 1, model, optimizer, dtype)
-    run.finish(steps=cfg.train.steps)
+    run.finish(steps=cfg.steps)
 
 
 def objective(c, logp, old_logp, ref_logp, entropy, advantage, reward, segment, count):
@@ -244,7 +223,7 @@ def objective(c, logp, old_logp, ref_logp, entropy, advantage, reward, segment, 
 
     loss = loss if c.name == "ce" else average(loss)
     if c.kl_coef:
-        loss = loss + c.kl_coef * average(PENALTY[c.kl](logp, old_logp))
+        loss = loss + c.kl_coef * average(losses.PENALTIES[c.kl](logp, old_logp))
     if c.entropy_coef:
         loss = loss - c.entropy_coef * average(entropy)
     return loss

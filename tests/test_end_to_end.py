@@ -21,13 +21,13 @@ processes = 1
 [[stage1]]
 name = "ce"
 config = "configs/toy/stage1.toml"
-set = ["train.steps=6", "train.checkpoint_every=3", "train.checkpoint_at=[]"]
+set = ["steps=6", "train.checkpoint_every=3", "train.checkpoint_at=[]"]
 select = "best"
 
 [[stage1]]
 name = "mse"
 config = "configs/toy/stage1.toml"
-set = ["train.steps=12", "train.checkpoint_every=6", "train.checkpoint_at=[]",
+set = ["steps=12", "train.checkpoint_every=6", "train.checkpoint_at=[]",
        "loss.name=mse", "train.lr=1e-3"]
 unlearned = true
 

@@ -91,7 +91,7 @@ def test_the_commands_on_the_gpu(tmp_path):
             f"policy={policy}",
             f"batch={tmp_path}/batch",
             f"output={tmp_path}/t",
-            "train.steps=6",
+            "steps=6",
             "train.lr=1e-3",
             "train.prompts_per_step=16",
             "loss.name=sapo",

@@ -499,7 +499,7 @@ def test_prompts_are_drawn_by_the_seed(collected, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes, message", [
     ({"num_prompts": 6}, "num_prompts = 6, but the file has 5"), ({"temperature": 0.0}, "greedy"),
-    ({"n": 0}, "n >= 1"), ({"num_prompts": -1}, "num_prompts"),
+    ({"n": 0}, "n must be at least 1"), ({"num_prompts": -1}, "num_prompts"),
     ({"prompts_per_shard": 0}, "prompts_per_shard")], ids=str)
 def test_runs_that_make_no_batch_are_refused(collected, tmp_path, monkeypatch, changes, message):
     """Said before anything is sampled, naming the key."""

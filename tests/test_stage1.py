@@ -84,7 +84,7 @@ def test_micro_batches_and_recomputation_give_the_same_policy(run, tmp_path, pol
                 policy,
                 batch,
                 tmp_path / name,
-                "train.steps=4",
+                "steps=4",
                 "loss.name=sapo",
                 "loss.kl_coef=0.1",
                 *more,
@@ -94,7 +94,7 @@ def test_micro_batches_and_recomputation_give_the_same_policy(run, tmp_path, pol
 
 
 def test_two_ranks_give_the_policy_of_one(run, tmp_path, policy, batch):
-    settings = ["train.steps=3", "loss.name=ce", "loss.beta=0.5", "loss.entropy_coef=0.01"]
+    settings = ["steps=3", "loss.name=ce", "loss.beta=0.5", "loss.entropy_coef=0.01"]
     run(stage1, *arguments(policy, batch, tmp_path / "one", *settings))
     result = command("stage1.py", *arguments(policy, batch, tmp_path / "two", *settings), ranks=2)
     assert result.returncode == 0, result.stderr
@@ -107,19 +107,19 @@ def test_two_ranks_give_the_policy_of_one(run, tmp_path, policy, batch):
 def test_state_written_by_two_ranks_is_resumed_by_one(run, tmp_path, policy, batch):
     """A rank's part is contiguous rows; joining them wrongly would scramble the optimiser."""
     result = command(
-        "stage1.py", *arguments(policy, batch, tmp_path / "x", "train.steps=2"), ranks=2
+        "stage1.py", *arguments(policy, batch, tmp_path / "x", "steps=2"), ranks=2
     )
     assert result.returncode == 0, result.stderr
-    run(stage1, *arguments(policy, batch, tmp_path / "x", "train.steps=4"))
-    run(stage1, *arguments(policy, batch, tmp_path / "y", "train.steps=4"))
+    run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=4"))
+    run(stage1, *arguments(policy, batch, tmp_path / "y", "steps=4"))
     assert movement_error(tmp_path / "x/step_000004", tmp_path / "y/step_000004", policy) < 1e-3
 
 
 def test_hybrid_sharding_on_a_two_by_two_mesh(run, tmp_path, policy, batch):
-    run(stage1, *arguments(policy, batch, tmp_path / "one", "train.steps=2"))
+    run(stage1, *arguments(policy, batch, tmp_path / "one", "steps=2"))
     result = command(
         "stage1.py",
-        *arguments(policy, batch, tmp_path / "four", "train.steps=2", "train.replicas=2"),
+        *arguments(policy, batch, tmp_path / "four", "steps=2", "train.replicas=2"),
         ranks=4,
     )
     assert result.returncode == 0, result.stderr
@@ -147,7 +147,7 @@ def kill_in_the_middle(script, settings, output, lines):
 
 
 def test_killed_and_resumed_equals_uninterrupted(run, tmp_path, policy, batch):
-    settings = ["train.steps=60", "train.checkpoint_every=7", "loss.name=sapo"]
+    settings = ["steps=60", "train.checkpoint_every=7", "loss.name=sapo"]
     kill_in_the_middle(
         "stage1.py",
         arguments(policy, batch, tmp_path / "killed", *settings),
@@ -167,7 +167,7 @@ def test_killed_and_resumed_equals_uninterrupted(run, tmp_path, policy, batch):
 
 
 def test_ratio_is_one_before_the_first_update_and_not_after(run, tmp_path, policy, batch):
-    run(stage1, *arguments(policy, batch, tmp_path / "x", "train.steps=2", "loss.name=grpo"))
+    run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=2", "loss.name=grpo"))
     first, second = metrics(tmp_path / "x")
     assert first["ratio_min"] == pytest.approx(1, abs=1e-4) and first["ratio_max"] == pytest.approx(
         1, abs=1e-4
@@ -186,7 +186,7 @@ def test_every_loss_learns_what_it_says(run, tmp_path, policy, batch):
                 policy,
                 batch,
                 tmp_path / name,
-                "train.steps=40",
+                "steps=40",
                 f"loss.name={name}",
                 "train.lr=3e-3",
                 "train.prompts_per_step=8",
@@ -224,14 +224,14 @@ def test_undecided_and_unfinished_rows_are_left_out(run, tmp_path, policy, capsy
     run(
         stage1,
         *arguments(
-            policy, tmp_path / "undecided", tmp_path / "u", "train.steps=2", "loss.name=grpo"
+            policy, tmp_path / "undecided", tmp_path / "u", "steps=2", "loss.name=grpo"
         ),
     )
     assert "25 of 32 rollouts (7 undecided left out, 8 truncated)" in capsys.readouterr().out
     run(
         stage1,
         *arguments(
-            policy, tmp_path / "full", tmp_path / "f", "train.steps=1", "drop_unfinished=true"
+            policy, tmp_path / "full", tmp_path / "f", "steps=1", "drop_unfinished=true"
         ),
     )
     assert (
@@ -244,7 +244,7 @@ def test_recovery_starts_from_another_policy_than_the_batch(run, tmp_path, polic
     run(
         stage1,
         *arguments(
-            policy, batch, tmp_path / "mse", "train.steps=3", "loss.name=mse", "train.lr=1e-2"
+            policy, batch, tmp_path / "mse", "steps=3", "loss.name=mse", "train.lr=1e-2"
         ),
     )
     start = tmp_path / "mse/step_000003"
@@ -252,7 +252,7 @@ def test_recovery_starts_from_another_policy_than_the_batch(run, tmp_path, polic
         run(
             stage1,
             *arguments(
-                start, batch, tmp_path / reference, "train.steps=2", f"loss.reference={reference}"
+                start, batch, tmp_path / reference, "steps=2", f"loss.reference={reference}"
             ),
         )
     a, b = metrics(tmp_path / "start")[0], metrics(tmp_path / "old")[0]
@@ -262,7 +262,7 @@ def test_recovery_starts_from_another_policy_than_the_batch(run, tmp_path, polic
 
 def test_non_finite_stops_before_the_update_and_names_rows(run, tmp_path, policy, batch):
     settings = arguments(
-        policy, batch, tmp_path / "x", "train.steps=9", "train.checkpoint_every=1", "train.lr=1e38"
+        policy, batch, tmp_path / "x", "steps=9", "train.checkpoint_every=1", "train.lr=1e38"
     )
     with pytest.raises(
         ValueError,
@@ -274,21 +274,21 @@ def test_non_finite_stops_before_the_update_and_names_rows(run, tmp_path, policy
 
 
 def test_resume_with_other_settings_is_refused(run, tmp_path, policy, batch):
-    run(stage1, *arguments(policy, batch, tmp_path / "x", "train.steps=2"))
+    run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=2"))
     with pytest.raises(
         ValueError,
         match=r"Different: config.loss.beta: 0.05 -> 0.7|Different: loss.beta: 0.05 -> 0.7",
     ):
-        run(stage1, *arguments(policy, batch, tmp_path / "x", "train.steps=2", "loss.beta=0.7"))
+        run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=2", "loss.beta=0.7"))
     write_batch(tmp_path / "other", policy, seed=5)
     with pytest.raises(ValueError, match="batch"):
-        run(stage1, *arguments(policy, tmp_path / "other", tmp_path / "x", "train.steps=2"))
+        run(stage1, *arguments(policy, tmp_path / "other", tmp_path / "x", "steps=2"))
 
 
 def test_steps_may_be_raised_and_a_finished_run_is_left_alone(run, tmp_path, policy, batch, capsys):
     for name, plan in {"x": (2, 2, 4), "y": (4,)}.items():
         for steps in plan:
-            run(stage1, *arguments(policy, batch, tmp_path / name, f"train.steps={steps}"))
+            run(stage1, *arguments(policy, batch, tmp_path / name, f"steps={steps}"))
     assert "already complete" in capsys.readouterr().out
     assert same_bits(tmp_path / "x/step_000004", tmp_path / "y/step_000004")
 
@@ -304,7 +304,7 @@ def test_wrong_inputs_stop_with_one_message(run, tmp_path, policy, batch):
         "loss.kl=k9": "loss.kl must be one of",
         "loss.average=fixed": "fixed_length",
         "loss.bta=1": "did you mean loss.beta",
-        "train.steps=many": "train.steps must be int",
+        "steps=many": "steps must be int",
         "train.prompts_per_step=99": "larger than the batch",
         "train.max_tokens=5": "more than max_tokens",
     }.items():
@@ -330,7 +330,7 @@ def test_minibatches_cover_epochs_without_a_seam():
 
 def test_old_logp_is_the_trainers_own_and_kept_beside_the_batch(run, tmp_path, policy):
     folder = write_batch(tmp_path / "batch", policy)
-    run(stage1, *arguments(policy, folder, tmp_path / "x", "train.steps=1"))
+    run(stage1, *arguments(policy, folder, tmp_path / "x", "steps=1"))
     b, model = rollouts.load(folder), models.load(policy, dtype=torch.float32)
     column = b.read_column(models.fingerprint(policy), 1.0)
     for row in range(0, len(b), 5):
