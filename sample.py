@@ -44,8 +44,8 @@ from runtime import key
 
 
 class Sequence(NamedTuple):
-    """A sampled response: its prompt's place in the list, tokens (stop token included), log-probs,
-    whether it stopped.
+    """A sampled response: its prompt's place in the list, tokens (stop token included),
+    log-probs, whether it stopped.
     """
 
     prompt: int
@@ -56,8 +56,8 @@ class Sequence(NamedTuple):
 
 def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
              stop=(), seed=0, slots=256, ids=None):
-    """Sample n responses to each of `prompts` (lists of token ids) -> list of Sequence, prompt by
-    prompt.
+    """Sample n responses to each of `prompts` (lists of token ids) -> list of Sequence,
+    prompt by prompt.
 
     temperature 0 is greedy (its logp is at temperature 1). Truncation in this order: top_k (0:
     off), top_p, min_p (relative to the likeliest token); the likeliest token always stays. `stop`

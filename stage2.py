@@ -1,25 +1,32 @@
 """stage2.py - the student: the teacher's token signal, distilled into pi_old inside a trust region.
 
-The teacher (stage1.py) spent its divergence freely. Stage 2 starts again from pi_old and follows only what the
-teacher says about the tokens of the same fixed batch:
+The teacher (stage1.py) spent its divergence freely. Stage 2 starts again from pi_old and follows
+only what the teacher says about the tokens of the same fixed batch:
 
-    r_t = log pi_num(y_t|s_t) - log pi_den(y_t|s_t)      scored before training; no teacher in memory after that
-    mask                                                 optional, by sign, on responses with reward 1 (Table 12)
-    A_t = whiten(r_t)                                    over all response tokens of the batch
-    minimise -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t),   rho_t = pi_theta / pi_old   (Eq. 9)
+    r_t = log pi_num(y_t|s_t) - log pi_den(y_t|s_t)  scored before training; no teacher in memory
+                                                     after that
+    mask                                             optional, by sign, on responses with reward 1
+                                                     (Table 12)
+    A_t = whiten(r_t)                                over all response tokens of the batch
+    minimise -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t),
+                                                     rho_t = pi_theta / pi_old   (Eq. 9)
 
-The clip and a small number of steps (10, 16 or 32) are the trust region: with pi_old as denominator the signal
-never fades, so nothing else stops the student. A [[signal]] names its pair:
+The clip and a small number of steps (10, 16 or 32) are the trust region: with pi_old as denominator
+the signal never fades, so nothing else stops the student. A [[signal]] names its pair:
 
-    strategy        numerator                   denominator
-    1               the teacher                 "old"                              strong teacher
-    1, evolving     the teacher                 "evolving": pi_theta at this step   the true gradient of -KL(theta || ext);
-                                                detached, whitened per minibatch    costs less KL, stops at the teacher
-    2               an MSE teacher, far along   an early MSE checkpoint            weak teacher: away from the unlearned
-    3               a teacher                   an earlier, weaker policy          late rounds
-    single terms    "none" on one side                                             ablation
+    strategy      numerator                  denominator
+    1             the teacher                "old"                              strong teacher
+    1, evolving   the teacher                "evolving": pi_theta at this step  the true gradient of
+                                                                                -KL(theta || ext);
+                                             detached, whitened per minibatch   costs less KL, stops
+                                                                                at the teacher
+    2             an MSE teacher, far along  an early MSE checkpoint            weak teacher: away
+                                                                                from the unlearned
+    3             a teacher                  an earlier, weaker policy          late rounds
+    single terms  "none" on one side                                            ablation
 
-"old" is the student's start. Several [[signal]] sections run one after another (the paper's teacher ensemble).
+"old" is the student's start. Several [[signal]] sections run one after another (the paper's teacher
+ensemble).
 
     python stage2.py --config configs/toy/stage2.toml
     torchrun --nproc-per-node 8 stage2.py --config configs/qwen3_4b/stage2.toml
@@ -38,7 +45,8 @@ import runtime
 from runtime import key, section
 
 PENALTY = {"reverse": losses.reverse_kl, "forward": losses.forward_kl, "k3": losses.k3}
-SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high", "grad_norm", "tokens_per_second")
+SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high",
+         "grad_norm", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,16 @@ class Signal:
     numerator: str = key(help="checkpoint folder, 'old' or 'none'")
     denominator: str = key("old", "checkpoint folder, 'old', 'evolving' or 'none'")
     steps: int = key(32, "optimiser steps on this signal (paper: 16 or 32; 10 in iterated rounds)")
-    keep: str = key("both", "on responses with reward 1 keep: both signs, positive or negative (Table 12)")
-    shift_mean: bool = key(True, "whitening subtracts the mean (ours; the paper says only 'whitening')")
+    keep: str = key(
+        "both", "on responses with reward 1 keep: both signs, positive or negative (Table 12)")
+    shift_mean: bool = key(
+        True, "whitening subtracts the mean (ours; the paper says only 'whitening')")
 
     def __post_init__(self):
         runtime.one_of("signal.keep", self.keep, ("both", "positive", "negative"))
         if self.numerator == "evolving":
-            raise ValueError("signal.numerator cannot be 'evolving'; the current policy can only be the denominator")
+            raise ValueError("signal.numerator cannot be 'evolving'; "
+                             "the current policy can only be the denominator")
         if self.numerator == self.denominator == "none":
             raise ValueError("signal: numerator and denominator cannot both be 'none'")
 
@@ -71,19 +82,22 @@ class Trust:
         runtime.one_of("trust.average", self.average, ("token", "sequence", "fixed"))
         runtime.one_of("trust.kl", self.kl, PENALTY)
         if self.average == "fixed" and self.fixed_length < 1:
-            raise ValueError("trust.average = fixed needs trust.fixed_length, the constant number of tokens to divide by")
+            raise ValueError("trust.average = fixed needs trust.fixed_length, "
+                             "the constant number of tokens to divide by")
 
 
 @dataclass(frozen=True)
 class Train:
-    prompts_per_step: int = key(32, "prompts of a minibatch, with all their responses (paper: 32 or 64)")
+    prompts_per_step: int = key(
+        32, "prompts of a minibatch, with all their responses (paper: 32 or 64)")
     lr: float = key(1e-6, "learning rate, constant after warm-up (paper, inferred)")
     warmup: int = key(3, "steps of linear warm-up (ours)")
     betas: list[float] = key([0.9, 0.95], "AdamW (ours)")
     weight_decay: float = key(0.0, "AdamW (ours)")
     clip: float = key(1.0, "largest gradient norm (ours)")
     seed: int = key(0, "order of the prompts")
-    max_tokens: int = key(32768, "tokens of a micro-batch on one rank; changes memory and speed, not the result")
+    max_tokens: int = key(
+        32768, "tokens of a micro-batch on one rank; changes memory and speed, not the result")
     recompute: bool = key(True, "activation checkpointing by layer")
     replicas: int = key(0, "copies of the weights over all ranks; 0: one a node")
     checkpoint_every: int = key(16, "steps between checkpoints; the last step always has one")
@@ -94,8 +108,11 @@ class Train:
 class Config:
     batch: str = key(help="folder of rollouts, the one stage 1 used")
     output: str = key(help="run folder")
-    policy: str = key("", "pi_old: the student's start and the clip's anchor; default: the policy the batch's header names")
-    logprob_temperature: float = key(0.0, "temperature of all log-probs; 0: the one the batch was sampled at")
+    policy: str = key(
+        "", "pi_old: the student's start and the clip's anchor; "
+        "default: the policy the batch's header names")
+    logprob_temperature: float = key(
+        0.0, "temperature of all log-probs; 0: the one the batch was sampled at")
     drop_unfinished: bool = key(False, "leave out truncated responses")
     signal: list[Signal] = key([], "one or more [[signal]] sections, followed one after another")
     trust: Trust = section(Trust)
@@ -103,7 +120,8 @@ class Config:
 
     def __post_init__(self):
         if not self.signal:
-            raise ValueError("at least one [[signal]] section is needed, with its numerator and denominator")
+            raise ValueError("at least one [[signal]] section is needed, "
+                             "with its numerator and denominator")
 
 
 def main():
@@ -112,24 +130,30 @@ def main():
     batch = rollouts.load(cfg.batch)
     old = cfg.policy or batch.header["policy"]
     temperature = cfg.logprob_temperature or batch.temperature
-    names = {name for s in cfg.signal for name in (s.numerator, s.denominator)} - {"old", "evolving", "none"}
+    names = {name for s in cfg.signal for name in (s.numerator, s.denominator)} - {
+        "old", "evolving", "none"}
     inputs = {"policy": runtime.fingerprint(old, ranks), "batch": batch.digest,
               **{name: runtime.fingerprint(name, ranks) for name in sorted(names)}}
     run = runtime.Run(cfg.output, cfg, inputs, ranks)
     if run.done:
         return ranks.print(f"{cfg.output}: already complete")
     if inputs["policy"] != batch.header["fingerprint"]:
-        raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; set policy to the one that is")
+        raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; "
+                         "set policy to the one that is")
 
-    # log-probs of the batch under every checkpoint that a signal needs, one checkpoint in memory at a time
-    logp_of = {name: runtime.batch_logp(batch, path, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)[0]
+    # log-probs of the batch under every checkpoint that a signal needs, one in memory at a time
+    logp_of = {name: runtime.batch_logp(batch, path, ranks, temperature=temperature,
+                                        max_tokens=cfg.train.max_tokens)[0]
                for name, path in {"old": old, **{name: name for name in sorted(names)}}.items()}
     old_logp, logp_of["none"] = logp_of["old"], None
 
     kept = (batch.finished | (not cfg.drop_unfinished)).nonzero()[:, 0]
-    token = (batch.response & torch.isin(torch.arange(len(batch)), kept).repeat_interleave(batch.lengths)).nonzero()[:, 0]
-    owner = torch.arange(len(batch)).repeat_interleave(batch.lengths)[token]  # row of each response token
-    ranks.print(f"{len(kept)} of {len(batch)} rollouts, {len(token)} response tokens, {int((~batch.finished).sum())} truncated"
+    token = (batch.response & torch.isin(
+        torch.arange(len(batch)), kept).repeat_interleave(batch.lengths)).nonzero()[:, 0]
+    # row of each response token
+    owner = torch.arange(len(batch)).repeat_interleave(batch.lengths)[token]
+    ranks.print(f"{len(kept)} of {len(batch)} rollouts, {len(token)} response tokens, "
+                f"{int((~batch.finished).sum())} truncated"
                 f"{' (left out)' if cfg.drop_unfinished else ''}")
 
     model = runtime.policy(old, ranks, recompute=cfg.train.recompute)
@@ -138,26 +162,33 @@ def main():
     noise = rescoring_noise(model, batch, kept, old_logp, ranks, temperature, cfg.train)
     run.restore(model, optimizer)
     prompts = len(torch.unique(batch.prompt[kept]))
-    ranks.print(f"steps {run.first + 1} to {last} of {cfg.train.prompts_per_step} prompts on {ranks.world} rank(s); "
-                f"an epoch of {prompts} prompts is {prompts / cfg.train.prompts_per_step:.1f} steps")
+    ranks.print(f"steps {run.first + 1} to {last} of {cfg.train.prompts_per_step} prompts "
+                f"on {ranks.world} rank(s); an epoch of {prompts} prompts is "
+                f"{prompts / cfg.train.prompts_per_step:.1f} steps")
     dtype = models.stored_dtype(old)
-    advantage, current = torch.zeros(len(batch.tokens)), None  # A_t at its place in the batch, [T of the batch]
+    # A_t at its place in the batch, [T of the batch]
+    advantage, current = torch.zeros(len(batch.tokens)), None
 
     for step in range(run.first, last):
         began = time.perf_counter()
-        signal = next(s for i, s in enumerate(cfg.signal) if step < sum(t.steps for t in cfg.signal[:i + 1]))
-        rows = kept[runtime.minibatch(batch.prompt[kept], step, cfg.train.prompts_per_step, cfg.train.seed)]
-        count = {"tokens": int(batch.response_length[rows].sum()), "sequences": len(rows)}  # of the global minibatch
+        signal = next(s for i, s in enumerate(cfg.signal)
+                      if step < sum(t.steps for t in cfg.signal[:i + 1]))
+        rows = kept[runtime.minibatch(
+            batch.prompt[kept], step, cfg.train.prompts_per_step, cfg.train.seed)]
+        # of the global minibatch
+        count = {"tokens": int(batch.response_length[rows].sum()), "sequences": len(rows)}
         micros = list(batch.share(rows, cfg.train.max_tokens, ranks.rank, ranks.world))
 
-        if signal.denominator == "evolving":  # the signal of this minibatch under pi_theta as it is now
+        if signal.denominator == "evolving":  # this minibatch's signal under pi_theta as it is now
             place, theta, row = current_logp(model, micros, ranks, temperature)
             numerator = None if signal.numerator == "none" else logp_of[signal.numerator][place]
             advantage[place], raw_std = make_advantage(signal, numerator, theta, batch.reward, row)
         elif signal is not current:  # a fixed signal, once
-            identical = inputs.get(signal.numerator, inputs["policy"]) == inputs.get(signal.denominator, inputs["policy"]) \
-                and "none" not in (signal.numerator, signal.denominator)
-            pair = [None if logp_of[n] is None else logp_of[n][token] for n in (signal.numerator, signal.denominator)]
+            identical = (inputs.get(signal.numerator, inputs["policy"])
+                         == inputs.get(signal.denominator, inputs["policy"])
+                         and "none" not in (signal.numerator, signal.denominator))
+            pair = [None if logp_of[n] is None else logp_of[n][token]
+                    for n in (signal.numerator, signal.denominator)]
             advantage[token], raw_std = make_advantage(signal, *pair, batch.reward, owner)
             raw = losses.token_signal(*pair)
             report(ranks, signal, raw, raw_std, noise, identical)
@@ -165,21 +196,27 @@ def main():
 
         total, seen = torch.zeros((), device=ranks.device), []
         for micro in micros:
-            old_t, A = old_logp[micro.place].to(ranks.device), advantage[micro.place].to(ranks.device)  # [T]
+            old_t, A = (old_logp[micro.place].to(ranks.device),
+                        advantage[micro.place].to(ranks.device))  # [T]
             micro = micro.to(ranks.device)
-            logp, entropy = model.logp(micro.tokens, micro.cu_seqlens, micro.scored, temperature=temperature, entropy=True)
-            per_token = losses.grpo(logp, old_t, A, clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high)
+            logp, entropy = model.logp(micro.tokens, micro.cu_seqlens, micro.scored,
+                                       temperature=temperature, entropy=True)
+            per_token = losses.grpo(logp, old_t, A,
+                                    clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high)
             if cfg.trust.kl_coef:
                 per_token = per_token + cfg.trust.kl_coef * PENALTY[cfg.trust.kl](logp, old_t)
             if cfg.trust.entropy_coef:
                 per_token = per_token - cfg.trust.entropy_coef * entropy
-            loss = losses.aggregate(per_token, micro.segment, cfg.trust.average, length=cfg.trust.fixed_length, **count)
-            (loss * ranks.world).backward()  # FSDP2 averages gradients over ranks; the loss is a share of a global mean
+            loss = losses.aggregate(per_token, micro.segment, cfg.trust.average,
+                                    length=cfg.trust.fixed_length, **count)
+            # FSDP2 averages gradients over ranks; the loss is a share of a global mean
+            (loss * ranks.world).backward()
             total += loss.detach()
             seen.append((logp.detach(), entropy.detach(), micro.place, micro.row[micro.segment]))
 
         dist.all_reduce(total)
-        logp, entropy, place, row = (ranks.gather(torch.cat(column)).cpu() for column in zip(*seen, strict=True))
+        logp, entropy, place, row = (ranks.gather(torch.cat(column)).cpu()
+                                     for column in zip(*seen, strict=True))
         grad_norm = runtime.clip_gradients(model, cfg.train.clip)
         runtime.require_finite(step, float(total), grad_norm, row, logp)
         for group in optimizer.param_groups:
@@ -192,48 +229,67 @@ def main():
             "loss": float(total), **losses.diagnostics(
                 logp, old_logp[place], entropy, advantage[place], batch.reward, row,
                 clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high),
-            "signal_std": raw_std, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-            "tokens_per_second": int(batch.lengths[rows].sum()) / seconds, "memory_gib": runtime.memory_gib(ranks)}, SHOWN)
-        if (step + 1) % cfg.train.checkpoint_every == 0 or step + 1 in (*cfg.train.checkpoint_at, last):
+            "signal_std": raw_std, "grad_norm": grad_norm,
+            "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
+            "tokens_per_second": int(batch.lengths[rows].sum()) / seconds,
+            "memory_gib": runtime.memory_gib(ranks)}, SHOWN)
+        if ((step + 1) % cfg.train.checkpoint_every == 0
+                or step + 1 in (*cfg.train.checkpoint_at, last)):
             run.checkpoint(step + 1, model, optimizer, dtype)
     run.finish(steps=last)
 
 
 def make_advantage(signal, numerator, denominator, reward, row):
-    """Log-probs of some response tokens [T], reward of all rows, row [T] -> (A [T], std of the signal before whitening)."""
+    """Log-probs of some response tokens [T], reward of all rows, row [T]
+    -> (A [T], std of the signal before whitening).
+    """
     raw = losses.sign_mask(losses.token_signal(numerator, denominator), reward, row, signal.keep)
     return losses.whiten(raw, shift_mean=signal.shift_mean), float(raw.std())
 
 
 @torch.no_grad()
 def current_logp(model, micros, ranks, temperature):
-    """log pi_theta of the minibatch's response tokens, on every rank: (place [T], logp [T], row [T]) on the CPU."""
+    """log pi_theta of the minibatch's response tokens, on every rank:
+    (place [T], logp [T], row [T]) on the CPU.
+    """
     seen = []
     for micro in micros:
         micro = micro.to(ranks.device)
         logp, _ = model.logp(micro.tokens, micro.cu_seqlens, micro.scored, temperature=temperature)
         seen.append((micro.place, logp, micro.row[micro.segment]))
-    model.reshard()  # without a backward pass to do it, gathered weights would outlive a change of the shards
+    # without a backward pass to do it, gathered weights would outlive a change of the shards
+    model.reshard()
     return tuple(ranks.gather(torch.cat(column)).cpu() for column in zip(*seen, strict=True))
 
 
 def rescoring_noise(model, batch, kept, old_logp, ranks, temperature, train):
-    """Std of log pi_old scored again, in another packing, minus log pi_old: below it a signal is rounding."""
-    rows = kept[runtime.minibatch(batch.prompt[kept], 0, train.prompts_per_step, train.seed)][:16 * ranks.world]
-    place, logp, _ = current_logp(model, list(batch.share(rows, train.max_tokens, ranks.rank, ranks.world)), ranks, temperature)
+    """Std of log pi_old scored again, in another packing, minus log pi_old:
+    below it a signal is rounding.
+    """
+    rows = kept[runtime.minibatch(
+        batch.prompt[kept], 0, train.prompts_per_step, train.seed)][:16 * ranks.world]
+    place, logp, _ = current_logp(
+        model, list(batch.share(rows, train.max_tokens, ranks.rank, ranks.world)),
+        ranks, temperature)
     return float((logp - old_logp[place]).std())
 
 
 def report(ranks, signal, raw, raw_std, noise, identical):
-    """Say what the signal looks like; stop if it is only rounding noise, which whitening would blow up."""
-    quantiles = raw.sort().values[[int(q * (len(raw) - 1)) for q in (0, 0.01, 0.5, 0.99, 1)]].tolist()
-    ranks.print(f"signal log({signal.numerator} / {signal.denominator}): std {raw_std:.3g}, min / 1 % / median / 99 % / max "
-                f"{' / '.join(f'{q:.3g}' for q in quantiles)}; re-scoring noise {noise:.2g}")
+    """Say what the signal looks like; stop if it is only rounding noise,
+    which whitening would blow up.
+    """
+    quantiles = raw.sort().values[
+        [int(q * (len(raw) - 1)) for q in (0, 0.01, 0.5, 0.99, 1)]].tolist()
+    ranks.print(f"signal log({signal.numerator} / {signal.denominator}): std {raw_std:.3g}, "
+                f"min / 1 % / median / 99 % / max {' / '.join(f'{q:.3g}' for q in quantiles)}; "
+                f"re-scoring noise {noise:.2g}")
     if identical:
-        ranks.print("numerator and denominator are the same checkpoint: the signal is zero and the student will not move")
+        ranks.print("numerator and denominator are the same checkpoint: "
+                    "the signal is zero and the student will not move")
     elif raw_std <= 2 * noise:
-        raise ValueError(f"the signal's std {raw_std:.3g} is within the re-scoring noise {noise:.3g}: numerator and "
-                         "denominator cannot be told apart; train the teacher further, or choose another pair")
+        raise ValueError(f"the signal's std {raw_std:.3g} is within the re-scoring noise "
+                         f"{noise:.3g}: numerator and denominator cannot be told apart; "
+                         "train the teacher further, or choose another pair")
 
 
 if __name__ == "__main__":
