@@ -44,10 +44,6 @@ import rollouts
 import runtime
 from runtime import key, section
 
-PENALTY = {"reverse": losses.reverse_kl, "forward": losses.forward_kl, "k3": losses.k3}
-SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high",
-         "grad_norm", "tokens_per_second")
-
 
 @dataclass(frozen=True)
 class Signal:
@@ -80,28 +76,10 @@ class Trust:
 
     def __post_init__(self):
         runtime.one_of("trust.average", self.average, ("token", "sequence", "fixed"))
-        runtime.one_of("trust.kl", self.kl, PENALTY)
+        runtime.one_of("trust.kl", self.kl, losses.PENALTIES)
         if self.average == "fixed" and self.fixed_length < 1:
             raise ValueError("trust.average = fixed needs trust.fixed_length, "
                              "the constant number of tokens to divide by")
-
-
-@dataclass(frozen=True)
-class Train:
-    prompts_per_step: int = key(
-        32, "prompts of a minibatch, with all their responses (paper: 32 or 64)")
-    lr: float = key(1e-6, "learning rate, constant after warm-up (paper, inferred)")
-    warmup: int = key(3, "steps of linear warm-up (ours)")
-    betas: list[float] = key([0.9, 0.95], "AdamW (ours)")
-    weight_decay: float = key(0.0, "AdamW (ours)")
-    clip: float = key(1.0, "largest gradient norm (ours)")
-    seed: int = key(0, "order of the prompts")
-    max_tokens: int = key(
-        32768, "tokens of a micro-batch on one rank; changes memory and speed, not the result")
-    recompute: bool = key(True, "activation checkpointing by layer")
-    replicas: int = key(0, "copies of the weights over all ranks; 0: one a node")
-    checkpoint_every: int = key(16, "steps between checkpoints; the last step always has one")
-    checkpoint_at: list[int] = key([], "further steps to keep a checkpoint of")
 
 
 @dataclass(frozen=True)
@@ -116,7 +94,7 @@ class Config:
     drop_unfinished: bool = key(False, "leave out truncated responses")
     signal: list[Signal] = key([], "one or more [[signal]] sections, followed one after another")
     trust: Trust = section(Trust)
-    train: Train = section(Train)
+    train: runtime.Train = section(runtime.Train)
 
     def __post_init__(self):
         if not self.signal:
@@ -143,22 +121,22 @@ def main():
 
     # log-probs of the batch under every checkpoint that a signal needs, one in memory at a time
     logp_of = {name: runtime.batch_logp(batch, path, ranks, temperature=temperature,
-                                        max_tokens=cfg.train.max_tokens)[0]
+                                        max_tokens=cfg.train.max_tokens)
                for name, path in {"old": old, **{name: name for name in sorted(names)}}.items()}
     old_logp, logp_of["none"] = logp_of["old"], None
 
     kept = (batch.finished | (not cfg.drop_unfinished)).nonzero()[:, 0]
-    token = (batch.response & torch.isin(
-        torch.arange(len(batch)), kept).repeat_interleave(batch.lengths)).nonzero()[:, 0]
-    # row of each response token
-    owner = torch.arange(len(batch)).repeat_interleave(batch.lengths)[token]
+    used = torch.isin(torch.arange(len(batch)), kept).repeat_interleave(batch.lengths)
+    token = (batch.response & used).nonzero()[:, 0]  # places of the response tokens
+    owner = torch.arange(len(batch)).repeat_interleave(batch.lengths)[token]  # row of each token
     ranks.print(f"{len(kept)} of {len(batch)} rollouts, {len(token)} response tokens, "
                 f"{int((~batch.finished).sum())} truncated"
                 f"{' (left out)' if cfg.drop_unfinished else ''}")
 
     model = runtime.policy(old, ranks, recompute=cfg.train.recompute)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
-    last = sum(s.steps for s in cfg.signal)
+    schedule = [signal for signal in cfg.signal for _ in range(signal.steps)]  # one a step
+    last = len(schedule)
     noise = rescoring_noise(model, batch, kept, old_logp, ranks, temperature, cfg.train)
     run.restore(model, optimizer)
     prompts = len(torch.unique(batch.prompt[kept]))
@@ -166,32 +144,29 @@ def main():
                 f"on {ranks.world} rank(s); an epoch of {prompts} prompts is "
                 f"{prompts / cfg.train.prompts_per_step:.1f} steps")
     dtype = models.stored_dtype(old)
-    # A_t at its place in the batch, [T of the batch]
-    advantage, current = torch.zeros(len(batch.tokens)), None
+    advantage, current = torch.zeros(len(batch.tokens)), None  # A_t at its place in the batch
 
     for step in range(run.first, last):
         began = time.perf_counter()
-        signal = next(s for i, s in enumerate(cfg.signal)
-                      if step < sum(t.steps for t in cfg.signal[:i + 1]))
+        signal = schedule[step]
         rows = kept[runtime.minibatch(
             batch.prompt[kept], step, cfg.train.prompts_per_step, cfg.train.seed)]
-        # of the global minibatch
-        count = {"tokens": int(batch.response_length[rows].sum()), "sequences": len(rows)}
+        count = {"tokens": int(batch.response_length[rows].sum()),  # of the global minibatch
+                 "sequences": len(rows)}
         micros = list(batch.share(rows, cfg.train.max_tokens, ranks.rank, ranks.world))
 
+        numerator, denominator = logp_of[signal.numerator], logp_of.get(signal.denominator)
         if signal.denominator == "evolving":  # this minibatch's signal under pi_theta as it is now
             place, theta, row = current_logp(model, micros, ranks, temperature)
-            numerator = None if signal.numerator == "none" else logp_of[signal.numerator][place]
-            advantage[place], raw_std = make_advantage(signal, numerator, theta, batch.reward, row)
-        elif signal is not current:  # a fixed signal, once
-            identical = (inputs.get(signal.numerator, inputs["policy"])
-                         == inputs.get(signal.denominator, inputs["policy"])
-                         and "none" not in (signal.numerator, signal.denominator))
-            pair = [None if logp_of[n] is None else logp_of[n][token]
-                    for n in (signal.numerator, signal.denominator)]
-            advantage[token], raw_std = make_advantage(signal, *pair, batch.reward, owner)
-            raw = losses.token_signal(*pair)
-            report(ranks, signal, raw, raw_std, noise, identical)
+            raw = raw_signal(signal, numerator, place, theta, batch.reward, row)
+            advantage[place] = losses.whiten(raw, shift_mean=signal.shift_mean)
+        elif signal is not current:  # a fixed signal, over the whole batch, once
+            fixed = None if denominator is None else denominator[token]
+            raw = raw_signal(signal, numerator, token, fixed, batch.reward, owner)
+            advantage[token] = losses.whiten(raw, shift_mean=signal.shift_mean)
+            sides = [{"old": inputs["policy"], **inputs}.get(side)
+                     for side in (signal.numerator, signal.denominator)]
+            report(ranks, signal, raw, noise, identical=sides[0] == sides[1])
         current = signal
 
         total, seen = torch.zeros((), device=ranks.device), []
@@ -204,7 +179,8 @@ def main():
             per_token = losses.grpo(logp, old_t, A,
                                     clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high)
             if cfg.trust.kl_coef:
-                per_token = per_token + cfg.trust.kl_coef * PENALTY[cfg.trust.kl](logp, old_t)
+                penalty = losses.PENALTIES[cfg.trust.kl](logp, old_t)
+                per_token = per_token + cfg.trust.kl_coef * penalty
             if cfg.trust.entropy_coef:
                 per_token = per_token - cfg.trust.entropy_coef * entropy
             loss = losses.aggregate(per_token, micro.segment, cfg.trust.average,
@@ -229,29 +205,29 @@ def main():
             "loss": float(total), **losses.diagnostics(
                 logp, old_logp[place], entropy, advantage[place], batch.reward, row,
                 clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high),
-            "signal_std": raw_std, "grad_norm": grad_norm,
+            "signal_std": float(raw.std()), "grad_norm": grad_norm,
             "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
             "tokens_per_second": int(batch.lengths[rows].sum()) / seconds,
-            "memory_gib": runtime.memory_gib(ranks)}, SHOWN)
+            "memory_gib": runtime.memory_gib(ranks)}, runtime.SHOWN)
         if ((step + 1) % cfg.train.checkpoint_every == 0
                 or step + 1 in (*cfg.train.checkpoint_at, last)):
             run.checkpoint(step + 1, model, optimizer, dtype)
     run.finish(steps=last)
 
 
-def make_advantage(signal, numerator, denominator, reward, row):
-    """Log-probs of some response tokens [T], reward of all rows, row [T]
-    -> (A [T], std of the signal before whitening).
+def raw_signal(signal, numerator, place, denominator, reward, row):
+    """The masked signal of some response tokens, before whitening: [T].
+
+    numerator: log-probs of the whole batch, of which those at place [T]; denominator [T]; either
+    may be None. reward of all rows, row [T] of each token.
     """
-    raw = losses.sign_mask(losses.token_signal(numerator, denominator), reward, row, signal.keep)
-    return losses.whiten(raw, shift_mean=signal.shift_mean), float(raw.std())
+    numerator = None if numerator is None else numerator[place]
+    return losses.sign_mask(losses.token_signal(numerator, denominator), reward, row, signal.keep)
 
 
 @torch.no_grad()
 def current_logp(model, micros, ranks, temperature):
-    """log pi_theta of the minibatch's response tokens, on every rank:
-    (place [T], logp [T], row [T]) on the CPU.
-    """
+    """log pi_theta of a minibatch's response tokens, of all ranks: place [T], logp [T], row [T]."""
     seen = []
     for micro in micros:
         micro = micro.to(ranks.device)
@@ -263,9 +239,7 @@ def current_logp(model, micros, ranks, temperature):
 
 
 def rescoring_noise(model, batch, kept, old_logp, ranks, temperature, train):
-    """Std of log pi_old scored again, in another packing, minus log pi_old:
-    below it a signal is rounding.
-    """
+    """Std of log pi_old scored again in another packing: below it a signal is rounding."""
     rows = kept[runtime.minibatch(
         batch.prompt[kept], 0, train.prompts_per_step, train.seed)][:16 * ranks.world]
     place, logp, _ = current_logp(
@@ -274,20 +248,19 @@ def rescoring_noise(model, batch, kept, old_logp, ranks, temperature, train):
     return float((logp - old_logp[place]).std())
 
 
-def report(ranks, signal, raw, raw_std, noise, identical):
-    """Say what the signal looks like; stop if it is only rounding noise,
-    which whitening would blow up.
-    """
+def report(ranks, signal, raw, noise, identical):
+    """Say what the signal looks like; stop at rounding noise, which whitening would blow up."""
+    std = float(raw.std())
     quantiles = raw.sort().values[
         [int(q * (len(raw) - 1)) for q in (0, 0.01, 0.5, 0.99, 1)]].tolist()
-    ranks.print(f"signal log({signal.numerator} / {signal.denominator}): std {raw_std:.3g}, "
+    ranks.print(f"signal log({signal.numerator} / {signal.denominator}): std {std:.3g}, "
                 f"min / 1 % / median / 99 % / max {' / '.join(f'{q:.3g}' for q in quantiles)}; "
                 f"re-scoring noise {noise:.2g}")
     if identical:
         ranks.print("numerator and denominator are the same checkpoint: "
                     "the signal is zero and the student will not move")
-    elif raw_std <= 2 * noise:
-        raise ValueError(f"the signal's std {raw_std:.3g} is within the re-scoring noise "
+    elif std <= 2 * noise:
+        raise ValueError(f"the signal's std {std:.3g} is within the re-scoring noise "
                          f"{noise:.3g}: numerator and denominator cannot be told apart; "
                          "train the teacher further, or choose another pair")
 
