@@ -1,22 +1,29 @@
-"""evaluate.py - what a policy can do and what it cost: AVG@K, pass@k, KL to the base, entropy, length; tables and plots.
+"""evaluate.py - what a policy can do and what it cost: AVG@K, pass@k, KL to the base, entropy,
+length; tables and plots.
 
-    AVG@K       mean over problems of the share of K samples that are right; its standard error over problems
+    AVG@K       mean over problems of the share of K samples that are right; its standard error over
+                problems
     pass@k      1 - C(n - c, k) / C(n, k), unbiased, from n samples of which c are right
-    KL          reverse KL(pi || base), exact over the vocabulary at every token of the *new* policy's own samples, drawn
-                and scored at one temperature without truncation: sum of all tokens' KL / number of tokens
-                (kl_sequence: mean of the sequences' sums)
-    KL efficiency   the least sequence KL at which any policy reaches this accuracy, over the sequence KL spent; in [0, 1].
-                A prompt solved with probability s by the base costs at least a ln(a/s) + (1-a) ln((1-a)/(1-s)) to be solved
-                with probability a (data processing), and the cheapest way to a mean accuracy tilts all prompts alike:
-                a = s e^b / (s e^b + 1 - s). s is exact where the prompts file has a "success" field (toy.py); else it is
-                estimated from the base's own samples, prompts never solved cannot rise, and the report says "estimate".
+    KL          reverse KL(pi || base), exact over the vocabulary at every token of the *new*
+                policy's own samples, drawn and scored at one temperature without truncation: sum of
+                all tokens' KL / number of tokens (kl_sequence: mean of the sequences' sums)
+    KL efficiency
+                the least sequence KL at which any policy reaches this accuracy, over the sequence
+                KL spent; in [0, 1]. A prompt solved with probability s by the base costs at least
+                a ln(a/s) + (1-a) ln((1-a)/(1-s)) to be solved with probability a (data processing),
+                and the cheapest way to a mean accuracy tilts all prompts alike:
+                a = s e^b / (s e^b + 1 - s). s is exact where the prompts file has a "success" field
+                (toy.py); else it is estimated from the base's own samples, prompts never solved
+                cannot rise, and the report says "estimate".
 
-Checkpoints are scored here, never inside a training loop. A [[policy]] path may be a checkpoint or a run folder, which
-stands for all its step_* checkpoints. [[select]] picks a checkpoint of a run by a rule and writes rule and outcome into
-report.json: "best" (accuracy on these prompts; use validation prompts, disjoint from the test), "last", or "unlearned"
-(the checkpoint of steps 10-30 with the lowest mean probability on positives, from metrics.jsonl).
+Checkpoints are scored here, never inside a training loop. A [[policy]] path may be a checkpoint or
+a run folder, which stands for all its step_* checkpoints. [[select]] picks a checkpoint of a run by
+a rule and writes rule and outcome into report.json: "best" (accuracy on these prompts; use
+validation prompts, disjoint from the test), "last", or "unlearned" (the checkpoint of steps 10-30
+with the lowest mean probability on positives, from metrics.jsonl).
 
-    torchrun --nproc-per-node 2 evaluate.py --config configs/toy/evaluate.toml     # report.json, report.md, plot.png
+    torchrun --nproc-per-node 2 evaluate.py --config configs/toy/evaluate.toml
+        # report.json, report.md, plot.png
 """
 
 import hashlib
@@ -43,7 +50,8 @@ from runtime import key
 class Policy:
     name: str = key(help="name of the row, or of the run's rows")
     path: str = key(help="checkpoint folder, or run folder with step_* checkpoints")
-    role: str = key("policy", "base, teacher, student, control or policy: how it is drawn and compared")
+    role: str = key(
+        "policy", "base, teacher, student, control or policy: how it is drawn and compared")
     round: int = key(0, "round of erpd.py")
 
 
@@ -72,11 +80,13 @@ class Config:
     prompts: str = key(help="JSONL file of prompts with answers")
     output: str = key(help="folder for report.json, report.md, plot.png")
     policy: list[Policy] = key([], "one or more [[policy]] sections; the base is always evaluated")
-    sampling: list[Sampling] = key([], "[[sampling]] sections; the first is the row's main accuracy")
+    sampling: list[Sampling] = key(
+        [], "[[sampling]] sections; the first is the row's main accuracy")
     select: list[Select] = key([], "[[select]] sections")
     max_new_tokens: int = key(32768, "longest response")
     kl_temperature: float = key(1.0, "temperature at which KL and entropy are sampled and scored")
-    kl_samples: int = key(1, "samples a prompt for KL, if no [[sampling]] is untruncated at that temperature")
+    kl_samples: int = key(
+        1, "samples a prompt for KL, if no [[sampling]] is untruncated at that temperature")
     pass_at: list[int] = key([1, 4], "k of pass@k, for the first [[sampling]]")
     limit: int = key(0, "use only the first prompts; 0: all")
     seed: int = key(0, "of every sample")
@@ -104,20 +114,24 @@ def pass_at_k(n, c, k):
 def mean_and_error(values):
     """Mean and its standard error over independent problems."""
     n, mean = len(values), sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else float("nan")
+    return mean, (math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+                  if n > 1 else float("nan"))
 
 
 def ratio_and_error(numerators, denominators):
     """Sum / sum and its standard error over independent problems (delta method)."""
-    n, ratio, mean = len(numerators), sum(numerators) / sum(denominators), sum(denominators) / len(denominators)
+    n, ratio, mean = (len(numerators), sum(numerators) / sum(denominators),
+                      sum(denominators) / len(denominators))
     spread = sum((a - ratio * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
     return ratio, math.sqrt(spread / (n - 1) / n) / mean if n > 1 else float("nan")
 
 
 def least_kl(success, accuracy):
-    """Least mean sequence KL, in nats, at which any policy reaches a mean accuracy; success: the base's, per prompt.
+    """Least mean sequence KL, in nats, at which any policy reaches a mean accuracy;
+    success: the base's, per prompt.
 
-    0 at or below the base's own mean; inf beyond what its support allows (prompts with success 0 stay unsolved).
+    0 at or below the base's own mean; inf beyond what its support allows (prompts with success 0
+    stay unsolved).
     """
     if accuracy <= sum(success) / len(success):
         return 0.0
@@ -145,28 +159,33 @@ def _xlogy(a, s):
 
 
 def measure(path, cfg, ranks, rows, prompts, tokenizer):
-    """Sample and score one policy; per-prompt numbers, gathered over ranks: {sampling: [dict a prompt]}, {kl: ...}."""
+    """Sample and score one policy; per-prompt numbers, gathered over ranks:
+    {sampling: [dict a prompt]}, {kl: ...}.
+    """
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     model = models.load(path, dtype=dtype, device=ranks.device)
     mine = list(range(ranks.rank, len(prompts), ranks.world))
     settings = [(s.name, s) for s in cfg.sampling]
-    plain = next((s.name for s in cfg.sampling if s.temperature == cfg.kl_temperature and s.top_p == 1
-                  and s.top_k == 0 and s.min_p == 0), None)
+    plain = next((s.name for s in cfg.sampling if s.temperature == cfg.kl_temperature
+                  and s.top_p == 1 and s.top_k == 0 and s.min_p == 0), None)
     if plain is None:  # AVG@K's truncated samples give no KL: a pass of its own
         plain = "kl"
         settings.append((plain, Sampling("kl", temperature=cfg.kl_temperature, n=cfg.kl_samples)))
     results, kept = {}, []
     for name, s in settings:
-        slots = cfg.slots or sample.default_slots(model, max(map(len, prompts)) + cfg.max_new_tokens, len(mine) * s.n)
+        slots = cfg.slots or sample.default_slots(
+            model, max(map(len, prompts)) + cfg.max_new_tokens, len(mine) * s.n)
         out = {p: {"right": 0, "undecided": 0, "n": 0, "length": 0, "truncated": 0} for p in mine}
         local, texts, golds = [prompts[p] for p in mine], [], []
         sampled = sample.generate(
-            model, local, n=s.n, max_new_tokens=cfg.max_new_tokens, temperature=s.temperature, top_p=s.top_p,
-            top_k=s.top_k, min_p=s.min_p, stop=tokenizer.stop, seed=cfg.seed, slots=slots, ids=mine)
+            model, local, n=s.n, max_new_tokens=cfg.max_new_tokens, temperature=s.temperature,
+            top_p=s.top_p, top_k=s.top_k, min_p=s.min_p, stop=tokenizer.stop, seed=cfg.seed,
+            slots=slots, ids=mine)
         for q in sampled:
             texts.append(tokenizer.decode(q.tokens))
             golds.append(rows[mine[q.prompt]]["answer"])
-        for q, verdict in zip(sampled, grade.grade_many(texts, golds, lenient=cfg.lenient), strict=True):
+        for q, verdict in zip(
+                sampled, grade.grade_many(texts, golds, lenient=cfg.lenient), strict=True):
             cell = out[mine[q.prompt]]
             cell["right"] += int(verdict == 1.0)
             cell["undecided"] += int(verdict is None)
@@ -175,38 +194,49 @@ def measure(path, cfg, ranks, rows, prompts, tokenizer):
             cell["truncated"] += int(not q.finished)
         results[name] = out
         kept = sampled if name == plain else kept
-    results["divergence"] = divergence(model, path, cfg, ranks, [(mine[q.prompt], prompts[mine[q.prompt]], q.tokens) for q in kept])
+    results["divergence"] = divergence(
+        model, path, cfg, ranks,
+        [(mine[q.prompt], prompts[mine[q.prompt]], q.tokens) for q in kept])
     pieces = [None] * ranks.world
     dist.all_gather_object(pieces, results)
-    merged = {name: {p: cell for piece in pieces for p, cell in piece[name].items()} for name in results}
+    merged = {name: {p: cell for piece in pieces for p, cell in piece[name].items()}
+              for name in results}
     return {name: [cells[p] for p in range(len(prompts))] for name, cells in merged.items()}
 
 
 @torch.no_grad()
 def divergence(model, path, cfg, ranks, sequences):
-    """Exact KL to the base and entropy, summed over the response tokens of each prompt's samples: {prompt: dict}."""
+    """Exact KL to the base and entropy, summed over the response tokens of each prompt's samples:
+    {prompt: dict}.
+    """
     same = Path(path).resolve() == Path(cfg.base).resolve()
     base = model if same else models.load(cfg.base, dtype=model.head.dtype, device=ranks.device)
     cells = {}
     sequences = sorted(sequences, key=lambda s: len(s[1]) + len(s[2]))
     while sequences:
         pack, size = [], 0
-        while sequences and (not pack or size + len(sequences[-1][1]) + len(sequences[-1][2]) <= cfg.max_tokens):
+        while sequences and (not pack or size + len(sequences[-1][1]) + len(sequences[-1][2])
+                             <= cfg.max_tokens):
             pack.append(sequences.pop())
             size += len(pack[-1][1]) + len(pack[-1][2])
-        tokens = torch.tensor([t for _, prompt, response in pack for t in (*prompt, *response)], device=ranks.device)
+        tokens = torch.tensor([t for _, prompt, response in pack for t in (*prompt, *response)],
+                              device=ranks.device)
         lengths = torch.tensor([len(prompt) + len(response) for _, prompt, response in pack])
         cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
-        places = [range(int(cu_seqlens[i]) + len(prompt), int(cu_seqlens[i + 1])) for i, (_, prompt, _) in enumerate(pack)]
+        places = [range(int(cu_seqlens[i]) + len(prompt), int(cu_seqlens[i + 1]))
+                  for i, (_, prompt, _) in enumerate(pack)]
         before = torch.tensor([t - 1 for place in places for t in place], device=ranks.device)
         cu_seqlens = cu_seqlens.to(ranks.device)
         p = model(tokens, cu_seqlens)[before]
-        _, entropy = kernels.linear_logp(p, model.head, tokens[before + 1], temperature=cfg.kl_temperature)
+        _, entropy = kernels.linear_logp(p, model.head, tokens[before + 1],
+                                         temperature=cfg.kl_temperature)
         kl = torch.zeros_like(entropy) if same else kernels.linear_kl(
-            p, model.head, base(tokens, cu_seqlens)[before], base.head, temperature=cfg.kl_temperature)
+            p, model.head, base(tokens, cu_seqlens)[before], base.head,
+            temperature=cfg.kl_temperature)
         sizes = [len(place) for place in places]
         for (prompt, _, _), k, h in zip(pack, kl.split(sizes), entropy.split(sizes), strict=True):
-            cell = cells.setdefault(prompt, {"kl": 0.0, "entropy": 0.0, "tokens": 0, "sequences": 0})
+            cell = cells.setdefault(
+                prompt, {"kl": 0.0, "entropy": 0.0, "tokens": 0, "sequences": 0})
             cell["kl"] += float(k.double().sum())
             cell["entropy"] += float(h.double().sum())
             cell["tokens"] += len(k)
@@ -215,15 +245,20 @@ def divergence(model, path, cfg, ranks, sequences):
 
 
 def summarise(cells, cfg, success):
-    """Per-prompt numbers of one policy -> a report row. success: the base's probability of success, per prompt."""
+    """Per-prompt numbers of one policy -> a report row.
+
+    success: the base's probability of success, per prompt.
+    """
     row = {"sampling": {}}
     for s in cfg.sampling:
         part = cells[s.name]
         accuracy, error = mean_and_error([c["right"] / c["n"] for c in part])
         total = sum(c["n"] for c in part)
         row["sampling"][s.name] = {
-            "accuracy": accuracy, "accuracy_se": error, "n": s.n, "undecided": sum(c["undecided"] for c in part) / total,
-            "length": sum(c["length"] for c in part) / total, "truncated": sum(c["truncated"] for c in part) / total}
+            "accuracy": accuracy, "accuracy_se": error, "n": s.n,
+            "undecided": sum(c["undecided"] for c in part) / total,
+            "length": sum(c["length"] for c in part) / total,
+            "truncated": sum(c["truncated"] for c in part) / total}
     first = cells[cfg.sampling[0].name]
     row.update(row["sampling"][cfg.sampling[0].name])
     row["pass_at_k"] = {str(k): mean_and_error([pass_at_k(c["n"], c["right"], k) for c in first])[0]
@@ -234,8 +269,10 @@ def summarise(cells, cfg, success):
     row["entropy"] = sum(c["entropy"] for c in d) / sum(c["tokens"] for c in d)
     row["least_kl_sequence"] = least_kl(success, row["accuracy"])
     # a gain within the noise of the accuracy says nothing of what it cost
-    clear = row["accuracy"] - sum(success) / len(success) > 2 * row["accuracy_se"] and math.isfinite(row["least_kl_sequence"])
-    row["kl_efficiency"] = row["least_kl_sequence"] / row["kl_sequence"] if clear and row["kl_sequence"] > 0 else None
+    clear = (row["accuracy"] - sum(success) / len(success) > 2 * row["accuracy_se"]
+             and math.isfinite(row["least_kl_sequence"]))
+    row["kl_efficiency"] = (row["least_kl_sequence"] / row["kl_sequence"]
+                            if clear and row["kl_sequence"] > 0 else None)
     return row
 
 
@@ -250,7 +287,8 @@ def checkpoints(path):
         return [(int(step) if step.isdigit() else None, path)]
     found = sorted(p for p in path.glob("step_*") if (p / "config.json").is_file())
     if not found:
-        raise ValueError(f"{path}: neither a checkpoint folder (config.json) nor a run folder (step_*)")
+        raise ValueError(f"{path}: neither a checkpoint folder (config.json) "
+                         "nor a run folder (step_*)")
     return [(int(p.name.removeprefix("step_")), p) for p in found]
 
 
@@ -273,30 +311,37 @@ def select(rows, run, rule):
         curve = {m["step"]: m["p_positive"] for m in read_metrics(Path(mine[0]["path"]).parent)}
         early = [row for row in mine if row["step"] in curve and 10 <= row["step"] <= 30]
         if not early:
-            raise ValueError(f"select: {run} has no checkpoint between steps 10 and 30 to be the unlearned policy")
+            raise ValueError(f"select: {run} has no checkpoint between steps 10 and 30 "
+                             "to be the unlearned policy")
         chosen = min(early, key=lambda row: curve[row["step"]])
-        why = "mean p on positives " + ", ".join(f"{row['step']}: {curve[row['step']]:.3f}" for row in early)
+        why = "mean p on positives " + ", ".join(
+            f"{row['step']}: {curve[row['step']]:.3f}" for row in early)
     return {"run": run, "rule": rule, "step": chosen["step"], "path": chosen["path"], "why": why}
 
 
 def at_equal_kl(rows):
-    """Every student against every single-stage run at the student's own KL: [{student, step, sampling, against, ...}].
+    """Every student against every single-stage run at the student's own KL:
+    [{student, step, sampling, against, ...}].
 
-    A run's accuracy at that KL is interpolated in sqrt(KL) on its upper envelope, from the base on; "reached" is false
-    where the run never spent that much KL (its best is compared then). Standard errors add in quadrature.
+    A run's accuracy at that KL is interpolated in sqrt(KL) on its upper envelope, from the base on;
+    "reached" is false where the run never spent that much KL (its best is compared then). Standard
+    errors add in quadrature.
     """
     base = next(row for row in rows if row["role"] == "base")
     comparisons = []
     for student in (row for row in rows if row["role"] == "student"):
-        rivals = [row for row in rows if row["role"] in ("teacher", "control") and row["round"] == student["round"]]
+        rivals = [row for row in rows
+                  if row["role"] in ("teacher", "control") and row["round"] == student["round"]]
         names = dict.fromkeys(row["policy"] for row in rivals)
         for name, which in ((name, which) for name in names for which in student["sampling"]):
             points = envelope([base, *(row for row in rivals if row["policy"] == name)], which)
             accuracy, error = interpolate(points, student["kl"])
             mine = student["sampling"][which]
             comparisons.append({
-                "student": label(student), "step": student["step"], "sampling": which, "against": name, "kl": student["kl"],
-                "difference": mine["accuracy"] - accuracy, "se": math.hypot(mine["accuracy_se"], error),
+                "student": label(student), "step": student["step"], "sampling": which,
+                "against": name, "kl": student["kl"],
+                "difference": mine["accuracy"] - accuracy,
+                "se": math.hypot(mine["accuracy_se"], error),
                 "reached": points[-1][0] >= student["kl"]})
     return comparisons
 
@@ -307,7 +352,9 @@ def label(row):
 
 
 def envelope(rows, which):
-    """[(kl, accuracy, se)] by growing KL: the best accuracy that a run had reached at that KL or below."""
+    """[(kl, accuracy, se)] by growing KL:
+    the best accuracy that a run had reached at that KL or below.
+    """
     best, points = rows[0]["sampling"][which], []
     for row in sorted(rows, key=lambda row: row["kl"]):
         best = max(best, row["sampling"][which], key=lambda cell: cell["accuracy"])
@@ -316,7 +363,9 @@ def envelope(rows, which):
 
 
 def interpolate(points, kl):
-    """Accuracy and its standard error at `kl`, linear in sqrt(kl) between points, the last one's beyond them."""
+    """Accuracy and its standard error at `kl`, linear in sqrt(kl) between points,
+    the last one's beyond them.
+    """
     for (x0, y0, e0), (x1, y1, e1) in zip(points, points[1:], strict=False):
         if x0 <= kl < x1:
             w = (math.sqrt(kl) - math.sqrt(x0)) / (math.sqrt(x1) - math.sqrt(x0))
@@ -325,7 +374,9 @@ def interpolate(points, kl):
 
 
 def caption(comparisons):
-    """Plain words for each student's last checkpoint at equal KL, the unfavourable first; a tie is within 2 se."""
+    """Plain words for each student's last checkpoint at equal KL, the unfavourable first;
+    a tie is within 2 se.
+    """
     last = {c["student"]: c["step"] for c in comparisons}
     lines = []
     for student, which in dict.fromkeys((c["student"], c["sampling"]) for c in comparisons):
@@ -347,29 +398,35 @@ def caption(comparisons):
 def table(rows, columns):
     """Report rows -> markdown. `columns`: names of the samplings."""
     passes = list(rows[0]["pass_at_k"])
-    head = ["policy", "step", *columns, *(f"pass@{k}" for k in passes), "KL / token", "KL / sequence", "KL efficiency",
-            "entropy", "length", "truncated", "training s"]
+    head = ["policy", "step", *columns, *(f"pass@{k}" for k in passes), "KL / token",
+            "KL / sequence", "KL efficiency", "entropy", "length", "truncated", "training s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [label(row), "" if row["step"] is None else str(row["step"])]
-        cells += [f"{row['sampling'][c]['accuracy']:.3f} ± {row['sampling'][c]['accuracy_se']:.3f}" for c in columns]
+        cells += [f"{row['sampling'][c]['accuracy']:.3f} ± {row['sampling'][c]['accuracy_se']:.3f}"
+                  for c in columns]
         cells += [f"{row['pass_at_k'][k]:.3f}" for k in passes]
         cells += [f"{row['kl']:.5f} ± {row['kl_se']:.5f}", f"{row['kl_sequence']:.4f}",
-                  "" if row["kl_efficiency"] is None else f"{row['kl_efficiency']:.2f}", f"{row['entropy']:.3f}",
-                  f"{row['length']:.1f}", f"{row['truncated']:.3f}", "" if row["seconds"] is None else f"{row['seconds']:.0f}"]
+                  "" if row["kl_efficiency"] is None else f"{row['kl_efficiency']:.2f}",
+                  f"{row['entropy']:.3f}", f"{row['length']:.1f}", f"{row['truncated']:.3f}",
+                  "" if row["seconds"] is None else f"{row['seconds']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(rows, success, path, column, notes=()):
-    """Accuracy against KL per token, one panel for the main sampling and one for `column` -> PNG."""
+    """Accuracy against KL per token, one panel for the main sampling and one for `column`
+    -> PNG.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     base = next(row for row in rows if row["role"] == "base")
-    styles = {"teacher": dict(marker="o", linestyle="-"), "control": dict(marker="s", linestyle=":", markersize=5),
-              "student": dict(marker="*", linestyle="-", linewidth=2.2, markersize=12), "policy": dict(marker="d", linestyle="-")}
+    styles = {"teacher": dict(marker="o", linestyle="-"),
+              "control": dict(marker="s", linestyle=":", markersize=5),
+              "student": dict(marker="*", linestyle="-", linewidth=2.2, markersize=12),
+              "policy": dict(marker="d", linestyle="-")}
     spent = [row["kl"] for row in rows if row["kl"] > 0] or [1e-3]
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.6))
     for panel, which in zip(panels, (next(iter(base["sampling"])), column), strict=True):
@@ -377,16 +434,20 @@ def plot(rows, success, path, column, notes=()):
             mean = sum(success) / len(success)
             levels = [mean + (0.995 - mean) * i / 60 for i in range(1, 61)]
             bound = [(least_kl(success, a) / base["length"], a) for a in levels]
-            panel.plot([x for x, _ in bound if x < 2 * max(spent)], [y for x, y in bound if x < 2 * max(spent)], "k--",
+            panel.plot([x for x, _ in bound if x < 2 * max(spent)],
+                       [y for x, y in bound if x < 2 * max(spent)], "k--",
                        linewidth=1, label="least KL of any policy")
-        panel.axhline(base["sampling"][which]["accuracy"], color="grey", linewidth=0.8, label="base")
+        panel.axhline(base["sampling"][which]["accuracy"], color="grey", linewidth=0.8,
+                      label="base")
         for name in dict.fromkeys(label(row) for row in rows if row["role"] != "base"):
             line = [row for row in rows if label(row) == name]
-            panel.errorbar([r["kl"] for r in line], [r["sampling"][which]["accuracy"] for r in line],
-                           [r["sampling"][which]["accuracy_se"] for r in line], label=f"{name} ({line[0]['role']})",
+            panel.errorbar([r["kl"] for r in line],
+                           [r["sampling"][which]["accuracy"] for r in line],
+                           [r["sampling"][which]["accuracy_se"] for r in line],
+                           label=f"{name} ({line[0]['role']})",
                            elinewidth=0.7, **styles[line[0]["role"]])
-        panel.set(xscale="log", xlim=(min(spent) / 1.5, 1.5 * max(spent)), xlabel="KL(policy || base) per token, nats",
-                  ylabel="accuracy", title=which)
+        panel.set(xscale="log", xlim=(min(spent) / 1.5, 1.5 * max(spent)),
+                  xlabel="KL(policy || base) per token, nats", ylabel="accuracy", title=which)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8, loc="upper left")
     if notes:
@@ -402,7 +463,8 @@ def write_report(folder, report, success, draw):
     runtime.write_text(Path(folder) / "report.json", json.dumps(report, indent=2))
     text = table(report["rows"], columns)
     for chosen in report["selection"]:
-        text += f"\nSelected {chosen['run']}@{chosen['step']} (rule {chosen['rule']}: {chosen['why']}).\n"
+        text += (f"\nSelected {chosen['run']}@{chosen['step']} "
+                 f"(rule {chosen['rule']}: {chosen['why']}).\n")
     notes = caption(report["comparisons"])
     text += "".join(f"\n{line}\n" for line in notes)
     runtime.write_text(Path(folder) / "report.md", text)
@@ -419,15 +481,19 @@ def main():
     ranks = runtime.start()
     rows = rollouts.read_prompts(cfg.prompts, problem=cfg.problem, answer=cfg.answer)
     rows = rows[:cfg.limit] if cfg.limit else rows
-    exact = [float(row["success"]) for row in rows] if all("success" in row for row in rows) else None
+    exact = ([float(row["success"]) for row in rows]
+             if all("success" in row for row in rows) else None)
     listed = [Policy("base", cfg.base, "base"), *cfg.policy]
-    if repeated := {p.name for p in listed if sum(q.name == p.name and q.round == p.round for q in listed) > 1}:
+    if repeated := {p.name for p in listed
+                    if sum(q.name == p.name and q.round == p.round for q in listed) > 1}:
         raise ValueError(f"policy names must differ: {sorted(repeated)[0]!r} stands twice")
     todo = [(p, step, folder) for p in listed for step, folder in checkpoints(p.path)]
 
-    settings = {name: value for name, value in asdict(cfg).items() if name not in ("policy", "output", "select", "plot", "slots")}
-    settings["prompts"] = hashlib.sha256(json.dumps([(r["id"], r.get("problem"), r.get("messages"), r["answer"])
-                                                     for r in rows]).encode()).hexdigest()
+    settings = {name: value for name, value in asdict(cfg).items()
+                if name not in ("policy", "output", "select", "plot", "slots")}
+    settings["prompts"] = hashlib.sha256(json.dumps(
+        [(r["id"], r.get("problem"), r.get("messages"), r["answer"]) for r in rows]
+    ).encode()).hexdigest()
     settings["base"] = runtime.fingerprint(cfg.base, ranks)
     report_rows, success = [], exact
     bar = tqdm(todo, desc="evaluating", unit="policy", disable=ranks.rank != 0)
@@ -436,28 +502,35 @@ def main():
         tokenizer = models.Tokenizer(folder)
         prompts = [rollouts.prompt_tokens(tokenizer, row, cfg.template) for row in rows]
         checkpoint = runtime.fingerprint(folder, ranks)
-        name = hashlib.sha256(json.dumps([checkpoint, settings], sort_keys=True).encode()).hexdigest()[:24]
+        name = hashlib.sha256(json.dumps(
+            [checkpoint, settings], sort_keys=True).encode()).hexdigest()[:24]
         file = Path(cfg.output) / "cells" / f"{name}.json"
         if not file.is_file():
             began = time.perf_counter()
             cells = measure(folder, cfg, ranks, rows, prompts, tokenizer)
             if ranks.rank == 0:
-                runtime.write_text(file, json.dumps({"seconds": time.perf_counter() - began, "cells": cells}))
+                runtime.write_text(file, json.dumps({
+                    "seconds": time.perf_counter() - began, "cells": cells}))
         dist.barrier()
         if ranks.rank:
             continue
         stored = json.loads(file.read_text())
         if success is None:  # the base comes first
             success = [c["right"] / c["n"] for c in stored["cells"][cfg.sampling[0].name]]
-        trained = [m["seconds"] for m in read_metrics(folder.parent) if step is not None and m["step"] <= step and "seconds" in m]
+        trained = [m["seconds"] for m in read_metrics(folder.parent)
+                   if step is not None and m["step"] <= step and "seconds" in m]
         report_rows.append({
-            "round": entry.round, "policy": entry.name, "role": entry.role, "step": step, "path": str(folder),
-            "fingerprint": checkpoint, **summarise(stored["cells"], cfg, success), "seconds": sum(trained) if trained else None,
+            "round": entry.round, "policy": entry.name, "role": entry.role, "step": step,
+            "path": str(folder), "fingerprint": checkpoint,
+            **summarise(stored["cells"], cfg, success),
+            "seconds": sum(trained) if trained else None,
             "evaluation_seconds": stored["seconds"]})
     if ranks.rank == 0:
         chosen = [select(report_rows, s.run, s.rule) for s in cfg.select]
-        report = {"rows": report_rows, "selection": chosen, "comparisons": at_equal_kl(report_rows), "seeds": [cfg.seed],
-                  "success": {"kind": "exact" if exact else f"estimate from {cfg.sampling[0].n} samples of the base",
+        report = {"rows": report_rows, "selection": chosen,
+                  "comparisons": at_equal_kl(report_rows), "seeds": [cfg.seed],
+                  "success": {"kind": "exact" if exact else
+                              f"estimate from {cfg.sampling[0].n} samples of the base",
                               "mean": sum(success) / len(success)},
                   "config": asdict(cfg)}
         print(write_report(cfg.output, report, success, cfg.plot), flush=True)

@@ -124,11 +124,10 @@ def main():
                          "set old to the one that is")
     old_logp = runtime.batch_logp(
         batch, old, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
-    if batch.header.get("source") != "import":
+    if batch.header["source"] == "sample" and temperature == batch.temperature:
         gap = (old_logp - batch.sampler_logp)[batch.response].abs()
-        if temperature == batch.temperature:
-            ranks.print(f"sampler and trainer log-probs differ by {gap.mean():.2g} on average, "
-                        f"{gap.max():.2g} at most")
+        ranks.print(f"sampler and trainer log-probs differ by {gap.mean():.2g} on average, "
+                    f"{gap.max():.2g} at most")
     reference = {"old": old, "start": cfg.policy}.get(cfg.loss.reference, cfg.loss.reference)
     ref_logp = old_logp if reference == old or cfg.loss.name != "ce" else runtime.batch_logp(
         batch, reference, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
@@ -150,8 +149,8 @@ def main():
         began = time.perf_counter()
         rows = kept[runtime.minibatch(
             batch.prompt[kept], step, cfg.train.prompts_per_step, cfg.train.seed)]
-        # of the global minibatch
-        count = {"tokens": int(batch.response_length[rows].sum()), "sequences": len(rows)}
+        count = {"tokens": int(batch.response_length[rows].sum()),  # of the global minibatch
+                 "sequences": len(rows)}
         total, seen = torch.zeros((), device=ranks.device), []
 
         for micro in batch.share(rows, cfg.train.max_tokens, ranks.rank, ranks.world):

@@ -1,23 +1,27 @@
-"""toy.py - the embedded default: a small task with real errors in it, and a base policy trained from scratch.
+"""toy.py - the embedded default: a small task with real errors in it, and a base policy trained
+from scratch.
 
 The task ("hearsay table"): arithmetic modulo 10, strictly left to right, written out step by step.
 
     prompt    4*7*7*3-4=          response    w4*7=8,8*7=6;h6*7=2|2*3=6,6-4=2.          answer 2
 
-The truth is a table of 210 facts (10 states x 21 operations: + - with 1..9, * with 3, 7, 9, so that an error never
-cancels by absorption). The demonstrators the base policy learns from share a corrupted copy: each fact f has one
-wrong value, written with probability q_f, and the chain goes on from what was written. So the base is wrong at
-temperature 0 too, on facts whose wrong value is believed more often than not, and a batch of rollouts holds the
-information to find out. Fillers, separators and the order of operands carry entropy that no reward depends on.
+The truth is a table of 210 facts (10 states x 21 operations: + - with 1..9, * with 3, 7, 9, so that
+an error never cancels by absorption). The demonstrators the base policy learns from share a
+corrupted copy: each fact f has one wrong value, written with probability q_f, and the chain goes on
+from what was written. So the base is wrong at temperature 0 too, on facts whose wrong value is
+believed more often than not, and a batch of rollouts holds the information to find out. Fillers,
+separators and the order of operands carry entropy that no reward depends on.
 
     task.kind    which facts are bad, and how strongly believed (q); other facts err with a small q
-    rules (R)    - with a < b, b >= 4: the borrow is forgotten;  * with a >= 7: 5 too much;  + with a + b >= 15: 1 too
-                 much. q ~ U(.45, .55). What is learnt about one fact generalises to its rule.
+    rules (R)    - with a < b, b >= 4: the borrow is forgotten;  * with a >= 7: 5 too much;
+                 + with a + b >= 15: 1 too much. q ~ U(.45, .55). What is learnt about one fact
+                 generalises to its rule.
     facts (F)    a share `bad` of all facts, at random. q ~ U(.5, .65): the mode is wrong.
 
-A policy's exact success on a prompt under the corrupted table follows by dynamic programming over the 10 states. It is
-written into the prompts files as "success" and gives the least KL at which any policy reaches a given accuracy
-(evaluate.py). It is the demonstrators' success; the trained base matches it to a few points.
+A policy's exact success on a prompt under the corrupted table follows by dynamic programming over
+the 10 states. It is written into the prompts files as "success" and gives the least KL at which any
+policy reaches a given accuracy (evaluate.py). It is the demonstrators' success; the trained base
+matches it to a few points.
 
     python toy.py --config configs/toy/r5.toml      # writes prompts, tokenizer and the base policy
 """
@@ -45,7 +49,8 @@ CHARACTERS = "_.0123456789+-*=,;:|hmw"  # "_" is padding, "." ends a response
 class Task:
     kind: str = key("rules", "rules (R) or facts (F)")
     steps: int = key(5, "operations in a problem: 5 for the CPU, 8 or 10 for a GPU")
-    bad: float = key(0.16, "facts: share of facts whose wrong value is believed more often than not")
+    bad: float = key(
+        0.16, "facts: share of facts whose wrong value is believed more often than not")
     filler: float = key(0.25, "probability of each of three filler characters before an equation")
     restate: float = key(0.0, "probability of restating the remaining expression after an equation")
     prompts: int = key(2048, "training prompts; sample.py draws the batch's from them")
@@ -111,7 +116,9 @@ def corrupted_table(task, seed):
 
 
 def success(table, start, operations):
-    """Probability that a chain through the corrupted table ends at the true answer: 10-state dynamic programming."""
+    """Probability that a chain through the corrupted table ends at the true answer:
+    10-state dynamic programming.
+    """
     belief, right = [float(a == start) for a in range(10)], start
     for op, b in operations:
         following = [0.0] * 10
@@ -169,10 +176,12 @@ def write_prompts(cfg, table):
         answer = start
         for op, b in operations:
             answer = truth(answer, op, b)
-        rows[name].append({"id": f"{name}-{len(rows[name])}", "problem": text, "answer": str(answer),
+        rows[name].append({"id": f"{name}-{len(rows[name])}", "problem": text,
+                           "answer": str(answer),
                            "success": round(success(table, start, operations), 6)})
     for name, part in rows.items():
-        runtime.write_text(folder / f"prompts_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+        runtime.write_text(folder / f"prompts_{name}.jsonl",
+                           "".join(json.dumps(row) + "\n" for row in part))
     return {name: sum(row["success"] for row in part) / len(part) for name, part in rows.items()}
 
 
@@ -180,7 +189,9 @@ def write_prompts(cfg, table):
 
 
 def write_initial_policy(folder, cfg, vocab=32):
-    """A random policy as a Hugging Face folder, with a character tokenizer that has no chat template."""
+    """A random policy as a Hugging Face folder, with a character tokenizer that has no chat
+    template.
+    """
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as kinds
 
@@ -192,29 +203,35 @@ def write_initial_policy(folder, cfg, vocab=32):
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(source / "tokenizer.json"))
     (source / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "_", "eos_token": ".", "unk_token": "_",
-        "clean_up_tokenization_spaces": False}, indent=2))
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": CHARACTERS.index("."), "pad_token_id": 0}))
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "_", "eos_token": ".",
+        "unk_token": "_", "clean_up_tokenization_spaces": False}, indent=2))
+    (source / "generation_config.json").write_text(json.dumps({
+        "eos_token_id": CHARACTERS.index("."), "pad_token_id": 0}))
     (source / "config.json").write_text(json.dumps({
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocab, "hidden_size": s.hidden,
-        "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads,
-        "head_dim": s.head_dim, "intermediate_size": s.intermediate, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True, "attention_bias": False, "rope_theta": 10000.0, "max_position_embeddings": 512,
-        "eos_token_id": CHARACTERS.index("."), "pad_token_id": 0, "torch_dtype": "float32"}, indent=2))
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocab,
+        "hidden_size": s.hidden, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads, "head_dim": s.head_dim,
+        "intermediate_size": s.intermediate, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True, "attention_bias": False, "rope_theta": 10000.0,
+        "max_position_embeddings": 512, "eos_token_id": CHARACTERS.index("."), "pad_token_id": 0,
+        "torch_dtype": "float32"}, indent=2))
     model = models.Transformer(models.read_config(source))
     model.source = source
     generator = torch.Generator().manual_seed(cfg.seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 2:  # norms keep their ones; what writes into the residual stream starts at half
-                std = 0.02 if "embed" in name else p.shape[1] ** -0.5 * (0.5 if name.split(".")[-2] in ("o_proj", "down_proj") else 1)
+            if p.ndim == 2:  # norms keep their ones; what writes into the residual starts at half
+                std = 0.02 if "embed" in name else p.shape[1] ** -0.5 * (
+                    0.5 if name.split(".")[-2] in ("o_proj", "down_proj") else 1)
                 p.normal_(0.0, std, generator=generator)
     models.save(model, folder)
     shutil.rmtree(source)
 
 
 def traces(cfg, table, tokenizer, step, rank, world):
-    """This rank's demonstrations of a step, packed: (tokens [T], cu_seqlens [B+1], scored [n], count over all ranks)."""
+    """This rank's demonstrations of a step, packed:
+    (tokens [T], cu_seqlens [B+1], scored [n], count over all ranks).
+    """
     rng = random.Random(f"traces-{cfg.seed}-{step}")
     sequences = []
     while len(sequences) < cfg.train.traces:
@@ -227,7 +244,8 @@ def traces(cfg, table, tokenizer, step, rank, world):
         scored += range(len(tokens) + len(prompt), len(tokens) + len(prompt) + len(response))
         tokens += tokenizer.encode(prompt + response)
         cu_seqlens.append(len(tokens))
-    return *map(torch.tensor, (tokens, cu_seqlens, scored)), sum(len(response) for _, response in sequences)
+    return (*map(torch.tensor, (tokens, cu_seqlens, scored)),
+            sum(len(response) for _, response in sequences))
 
 
 def main():
@@ -240,7 +258,8 @@ def main():
     initial = folder / "sft" / "initial"
     if ranks.rank == 0:
         means = write_prompts(cfg, table)
-        print("exact success of the demonstrators: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
+        print("exact success of the demonstrators: "
+              + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
         if not initial.is_dir():
             write_initial_policy(initial, cfg)
     dist.barrier()
@@ -249,10 +268,12 @@ def main():
     model = runtime.policy(initial, ranks)
     optimizer = runtime.adamw(model, cfg.train.lr, (0.9, 0.98), 0.01)
     run.restore(model, optimizer)
-    cosine = torch.cos(torch.linspace(0, torch.pi, max(cfg.train.steps, 2), dtype=torch.float64)).tolist()
+    cosine = torch.cos(torch.linspace(
+        0, torch.pi, max(cfg.train.steps, 2), dtype=torch.float64)).tolist()
     began, nats, tokens_seen = time.perf_counter(), 0.0, 0
     for step in range(run.first, cfg.train.steps):
-        tokens, cu_seqlens, scored, total = traces(cfg, table, tokenizer, step, ranks.rank, ranks.world)
+        tokens, cu_seqlens, scored, total = traces(
+            cfg, table, tokenizer, step, ranks.rank, ranks.world)
         logp, _ = model.logp(*(x.to(ranks.device) for x in (tokens, cu_seqlens, scored)))
         loss = -logp.sum() / total
         (loss * ranks.world).backward()
@@ -266,7 +287,8 @@ def main():
         nats, tokens_seen = nats + float(loss) * total, tokens_seen + total
         if (step + 1) % 50 == 0 or step + 1 == cfg.train.steps:
             run.log(step + 1, {"nats_per_token": nats / tokens_seen, "grad_norm": grad_norm,
-                               "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - began})
+                               "lr": optimizer.param_groups[0]["lr"],
+                               "seconds": time.perf_counter() - began})
             began, nats, tokens_seen = time.perf_counter(), 0.0, 0
         if (step + 1) % cfg.train.checkpoint_every == 0 or step + 1 == cfg.train.steps:
             run.checkpoint(step + 1, model, optimizer, torch.float32)
