@@ -54,6 +54,10 @@ class Policy:
         "policy", "base, teacher, student, control or policy: how it is drawn and compared")
     round: int = key(0, "round of erpd.py")
 
+    def __post_init__(self):
+        runtime.one_of("policy.role", self.role,
+                       ("policy", "base", "teacher", "student", "control"))
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -101,6 +105,9 @@ class Config:
     def __post_init__(self):
         if not self.sampling:
             raise ValueError("at least one [[sampling]] section is needed")
+        names = [s.name for s in self.sampling]
+        if repeated := [n for n in names if names.count(n) > 1 or n in ("kl", "divergence")]:
+            raise ValueError(f"sampling.name {repeated[0]!r} is used already; choose another")
 
 
 # ---------------------------------------------------------------- estimators
@@ -308,7 +315,8 @@ def select(rows, run, rule):
         chosen = max(mine, key=lambda row: row["accuracy"])
         why = "accuracy " + ", ".join(f"{row['step']}: {row['accuracy']:.3f}" for row in mine)
     else:
-        curve = {m["step"]: m["p_positive"] for m in read_metrics(Path(mine[0]["path"]).parent)}
+        curve = {m["step"]: m["p_positive"] for m in read_metrics(Path(mine[0]["path"]).parent)
+                 if m.get("p_positive") is not None}
         early = [row for row in mine if row["step"] in curve and 10 <= row["step"] <= 30]
         if not early:
             raise ValueError(f"select: {run} has no checkpoint between steps 10 and 30 "
@@ -363,9 +371,8 @@ def envelope(rows, which):
 
 
 def interpolate(points, kl):
-    """Accuracy and its standard error at `kl`, linear in sqrt(kl) between points,
-    the last one's beyond them.
-    """
+    """Accuracy and its error at `kl`, linear in sqrt(kl) between points, beyond them the last's."""
+    kl, points = max(kl, 0.0), [(max(x, 0.0), y, e) for x, y, e in points]  # -1e-9 is rounding
     for (x0, y0, e0), (x1, y1, e1) in zip(points, points[1:], strict=False):
         if x0 <= kl < x1:
             w = (math.sqrt(kl) - math.sqrt(x0)) / (math.sqrt(x1) - math.sqrt(x0))

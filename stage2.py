@@ -239,13 +239,16 @@ def current_logp(model, micros, ranks, temperature):
 
 
 def rescoring_noise(model, batch, kept, old_logp, ranks, temperature, train):
-    """Std of log pi_old scored again in another packing: below it a signal is rounding."""
+    """Std of log pi_old scored again in another packing, at least float32's rounding of a log-prob.
+
+    A signal below it means nothing.
+    """
     rows = kept[runtime.minibatch(
         batch.prompt[kept], 0, train.prompts_per_step, train.seed)][:16 * ranks.world]
     place, logp, _ = current_logp(
         model, list(batch.share(rows, train.max_tokens, ranks.rank, ranks.world)),
         ranks, temperature)
-    return float((logp - old_logp[place]).std())
+    return max(float((logp - old_logp[place]).std()), 2.0 ** -23 * float(logp.abs().mean()))
 
 
 def report(ranks, signal, raw, noise, identical):

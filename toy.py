@@ -166,12 +166,19 @@ def write_prompts(cfg, table):
     folder, rng, seen = Path(cfg.output), random.Random(f"prompts-{cfg.seed}"), set()
     rows = {"train": [], "validation": [], "test": []}
     sizes = {"train": cfg.task.prompts, "validation": cfg.task.validation, "test": cfg.task.test}
+    misses = 0
     while any(len(rows[name]) < sizes[name] for name in rows):
         start, operations = problem(rng, cfg.task.steps)
         text = problem_text(start, operations)
         name = split(text)
         if text in seen or len(rows[name]) == sizes[name]:
+            misses += 1
+            if misses > 100_000:
+                lacking = next(n for n in rows if len(rows[n]) < sizes[n])
+                raise ValueError(f"task.steps = {cfg.task.steps} gives too few different problems "
+                                 f"for {sizes[lacking]} {lacking} prompts; ask for fewer")
             continue
+        misses = 0
         seen.add(text)
         answer = start
         for op, b in operations:
