@@ -12,13 +12,18 @@ ERPD trains a policy twice on one fixed batch of rollouts drawn from pi_old:
 
             The clip and a small number of steps are the trust region.
 
+Words. The *batch* is the whole fixed set of rollouts; a *minibatch* is what one optimiser step
+uses; a *micro-batch* is the part of it that one rank runs at a time. *Unlearning* is an early phase
+of the MSE loss in which even right answers become less likely; a policy from that phase is a useful
+denominator, and *recovery* is training on from it. Eq. and Table numbers are the ERPD paper's.
+
 Shapes. T counts response tokens only (end-of-sequence included, prompt excluded) of all sequences
 of a micro-batch; B counts sequences; `segment` [T] int64 is the index of each token's sequence.
 Everything is packed, nothing is padded. `logp` [T] are log-probabilities under the policy being
 trained, `old_logp` [T] under the policy that generated the batch, both float32;
 rho = exp(logp - old_logp).
-A token loss maps [T] -> [T] and is averaged by `aggregate`, over the *global* minibatch. Everything
-here is minimised. No function modifies its inputs.
+A token loss maps [T] -> [T] and is averaged by `aggregate` over the minibatch of all ranks.
+Everything here is minimised. No function modifies its inputs.
 
 Sources: ERPD 2605.25582; PPO 1707.06347; GRPO 2402.03300; clip-higher (DAPO) 2503.14476;
 Dr.GRPO 2503.20783; SAPO 2511.20347; CISPO 2506.13585; implicit reward (CE) 2412.01981;
@@ -78,8 +83,9 @@ def ce(logp, ref_logp, reward, segment, *, beta, aggregate="sum"):
     r(y) = beta * sum_t log(pi_theta / pi_ref)(y_t)      ("mean": divided by the response length)
     loss = -[R log sigmoid(r) + (1 - R) log(1 - sigmoid(r))],   reward R [B] in {0, 1}
 
-    pi_ref is pi_old unless a recovery run says otherwise. A larger beta reaches the same reward
-    with a smaller log-ratio: it is the strength of the KL constraint.
+    The policy is trained as its own classifier of right and wrong: the log-ratio is the logit.
+    pi_ref is pi_old unless a recovery run says otherwise. No KL is computed, but a larger beta
+    needs a smaller log-ratio for the same logit: it acts as the strength of a KL constraint.
     """
     r = logp.new_zeros(len(reward)).index_add(0, segment, logp - ref_logp)  # [B]
     if aggregate == "mean":
@@ -190,8 +196,8 @@ def k1(logp, ref_logp):
     """log(pi/ref) at tokens sampled from pi: unbiased for KL(pi || ref), may be negative.
     [T] -> [T]
 
-    As a *loss* on such tokens its gradient has zero mean; on pi_old's tokens it pushes away
-    from ref.
+    For reporting, like k2. As a *loss* on such tokens its gradient has zero mean; on pi_old's
+    tokens it would only lower their probability.
     """
     return logp - ref_logp
 
@@ -207,8 +213,8 @@ def k3(logp, ref_logp):
     """exp(-d) - 1 + d, d = log(pi/ref), at tokens sampled from pi:
     unbiased for KL(pi || ref), >= 0. [T] -> [T]
 
-    On pi_old's tokens it estimates chi^2 - KL instead: a usable penalty, never to be reported
-    as "KL".
+    On pi_old's tokens, with ref = pi_old, it estimates chi^2(old || pi) - KL(old || pi) instead:
+    a usable penalty, never to be reported as "KL".
     """
     d = (logp - ref_logp).clamp(min=-20.0)
     return torch.exp(-d) - 1.0 + d
@@ -268,7 +274,8 @@ def diagnostics(logp, old_logp, entropy, advantage, reward, segment, *,
                 clip_low=0.2, clip_high=0.28):
     """Numbers of one whole minibatch, as a dict of floats.
 
-    All [T] but reward [B]; entropy and advantage may be None.
+    All [T] but reward, which `segment` indexes (rows of a minibatch or of the whole batch);
+    entropy and advantage may be None.
     clip_*: share of tokens whose clipped gradient is zero;
     kl_*: both directions, per token on pi_old's prefixes;
     explained_variance: 1 - Var(R - p) / Var(R) over response tokens, nan where R is constant.

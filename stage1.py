@@ -16,14 +16,15 @@ loss that holds the policy back only weakly, and keeps a checkpoint every few st
                                                                                  reference
     sapo        soft-gated policy gradient                                       tau_pos, tau_neg
     grpo        PPO clip with group advantages (normalize = false: Dr.GRPO)      clip_low, clip_high
-    cispo       truncated importance weights                                     clip_high
+    cispo       truncated importance weights                                     cispo_clip
     mse         probability of each token fitted to the outcome: unlearns first  negative_weight
     sft         log-likelihood of the responses with reward 1                    -
     each plus   kl_coef * KL_t - entropy_coef * H_t
 
 What to look for in metrics.jsonl: fast gains for dozens of steps (seen by evaluating the
 checkpoints with evaluate.py), p_positive and p_negative drifting apart, entropy falling, kl_reverse
-growing without bound. The last policy is not the product; stage2.py makes the product from it.
+growing without bound. The last policy is not the product: stage2.py starts from pi_old again and
+uses a checkpoint of this run only as a signal.
 
     python stage1.py --config configs/toy/stage1.toml
     torchrun --nproc-per-node 8 stage1.py --config configs/qwen3_4b/stage1.toml --set loss.beta=0.01
@@ -52,8 +53,8 @@ class Loss:
     reference: str = key(
         "old", "ce: pi_ref, 'old', 'start' (the policy trained from) or a checkpoint folder")
     clip_low: float = key(0.2, "grpo: lower clip (paper)")
-    clip_high: float = key(
-        0.28, "grpo: upper clip (paper); cispo: cap on rho - 1, 4 is usual there")
+    clip_high: float = key(0.28, "grpo: upper clip (paper)")
+    cispo_clip: float = key(4.0, "cispo: cap on rho - 1 (ours; no paper setting)")
     tau_pos: float = key(1.0, "sapo: temperature where the advantage is positive (paper)")
     tau_neg: float = key(1.05, "sapo: temperature where it is negative (paper)")
     negative_weight: float = key(
@@ -61,7 +62,8 @@ class Loss:
     normalize: bool = key(
         True, "grpo, sapo, cispo: divide the group advantage by its std; false is Dr.GRPO")
     average: str = key(
-        "token", "token (each token weighs the same), sequence (each response) or fixed (Dr.GRPO)")
+        "token", "token (each token weighs the same), sequence (each response) or fixed "
+        "(Dr.GRPO); ce itself is always the mean over responses, its penalties follow this key")
     fixed_length: int = key(0, "average = fixed: the constant number of tokens to divide by")
     kl: str = key("reverse", "penalty on pi_old's tokens: reverse, forward or k3 (chi^2 - KL)")
     kl_coef: float = key(
@@ -85,7 +87,8 @@ class Config:
     batch: str = key(help="folder of rollouts (sample.py, or rollouts.py import)")
     output: str = key(help="run folder")
     old: str = key(
-        "", "checkpoint folder that sampled the batch; default: the one its header names")
+        "", "checkpoint folder that sampled the batch, if it has moved since; "
+        "default: the one its header names")
     logprob_temperature: float = key(
         0.0, "temperature of all log-probs; 0: the one the batch was sampled at")
     drop_unfinished: bool = key(False, "leave out truncated responses")
@@ -153,6 +156,7 @@ def main():
                  "sequences": len(rows)}
         total, seen = torch.zeros((), device=ranks.device), []
 
+        # every rank has the same number of micro-batches, at least one (perhaps empty)
         for micro in batch.share(rows, cfg.train.max_tokens, ranks.rank, ranks.world):
             old_t, ref_t = (old_logp[micro.place].to(ranks.device),
                             ref_logp[micro.place].to(ranks.device))  # [T]
@@ -163,9 +167,11 @@ def main():
                                        temperature=temperature, entropy=True)
             loss = objective(cfg.loss, logp, old_t, ref_t, entropy, A[micro.segment], reward,
                              micro.segment, count)
-            # FSDP2 averages gradients over ranks; the loss is a share of a global mean
+            # a micro-batch's loss is its share of the minibatch's mean, to be summed over ranks;
+            # FSDP2 averages gradients over ranks, hence the factor
             (loss * ranks.world).backward()
             total += loss.detach()
+            # for the diagnostics: per token, its place and its sequence's row in the batch
             seen.append((logp.detach(), entropy.detach(), micro.place, micro.row[micro.segment]))
 
         dist.all_reduce(total)
@@ -176,7 +182,7 @@ def main():
         if (step == 0 and inputs["policy"] == inputs["old"]
                 and float((logp - old_logp[place]).abs().mean()) > 0.01):
             raise ValueError("before any update the policy's log-probs differ from old_logp: "
-                             "the forward pass is not stable")
+                             "the forward pass is not reproducible")
         for group in optimizer.param_groups:
             group["lr"] = runtime.warmup(cfg.train.lr, step, cfg.train.warmup)
         optimizer.step()
@@ -211,7 +217,7 @@ def objective(c, logp, old_logp, ref_logp, entropy, advantage, reward, segment, 
             loss = losses.grpo(logp, old_logp, advantage,
                                clip_low=c.clip_low, clip_high=c.clip_high)
         case "cispo":
-            loss = losses.cispo(logp, old_logp, advantage, clip_high=c.clip_high)
+            loss = losses.cispo(logp, old_logp, advantage, clip_high=c.cispo_clip)
         case "mse":
             loss = losses.mse(logp, reward, segment, negative_weight=c.negative_weight)
         case "sft":

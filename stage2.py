@@ -12,21 +12,19 @@ only what the teacher says about the tokens of the same fixed batch:
                                                      rho_t = pi_theta / pi_old   (Eq. 9)
 
 The clip and a small number of steps (10, 16 or 32) are the trust region: with pi_old as denominator
-the signal never fades, so nothing else stops the student. A [[signal]] names its pair:
+the signal is fixed, and nothing else limits the student. A [[signal]] names its pair,
+numerator / denominator:
 
-    strategy      numerator                  denominator
-    1             the teacher                "old"                              strong teacher
-    1, evolving   the teacher                "evolving": pi_theta at this step  the true gradient of
-                                                                                -KL(theta || ext);
-                                             detached, whitened per minibatch   costs less KL, stops
-                                                                                at the teacher
-    2             an MSE teacher, far along  an early MSE checkpoint            weak teacher: away
-                                                                                from the unlearned
-    3             a teacher                  an earlier, weaker policy          late rounds
-    single terms  "none" on one side                                            ablation
+    strategy 1    teacher / "old"        strong teacher, the default
+    evolving      teacher / "evolving"   pi_theta at this step, detached; whitened per minibatch.
+                                         The direction of -KL(theta || teacher): costs less
+                                         KL, turns back past the teacher
+    strategy 2    MSE late / MSE early   weak teacher: away from the unlearned policy
+    strategy 3    teacher / earlier      away from an earlier, weaker policy, in late rounds
+    single terms  "none" on one side     ablation
 
-"old" is the student's start. Several [[signal]] sections run one after another (the paper's teacher
-ensemble).
+"old" is the student's start. Several [[signal]] sections follow one another on the same student and
+optimiser (the paper's teacher ensemble).
 
     python stage2.py --config configs/toy/stage2.toml
     torchrun --nproc-per-node 8 stage2.py --config configs/qwen3_4b/stage2.toml
@@ -120,11 +118,14 @@ def main():
                          "set policy to the one that is")
 
     # log-probs of the batch under every checkpoint that a signal needs, one in memory at a time
-    logp_of = {name: runtime.batch_logp(batch, path, ranks, temperature=temperature,
-                                        max_tokens=cfg.train.max_tokens)
-               for name, path in {"old": old, **{name: name for name in sorted(names)}}.items()}
-    old_logp, logp_of["none"] = logp_of["old"], None
+    logp_of = {"none": None, "evolving": None}
+    for name in ("old", *sorted(names)):
+        logp_of[name] = runtime.batch_logp(batch, old if name == "old" else name, ranks,
+                                           temperature=temperature,
+                                           max_tokens=cfg.train.max_tokens)
+    old_logp = logp_of["old"]
 
+    # the signal needs no reward: rows that the grader could not decide stay in
     kept = (batch.finished | (not cfg.drop_unfinished)).nonzero()[:, 0]
     used = torch.isin(torch.arange(len(batch)), kept).repeat_interleave(batch.lengths)
     token = (batch.response & used).nonzero()[:, 0]  # places of the response tokens
@@ -137,6 +138,7 @@ def main():
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
     schedule = [signal for signal in cfg.signal for _ in range(signal.steps)]  # one a step
     last = len(schedule)
+    # while the model still is pi_old: restore() may put a later student in its place
     noise = rescoring_noise(model, batch, kept, old_logp, ranks, temperature, cfg.train)
     run.restore(model, optimizer)
     prompts = len(torch.unique(batch.prompt[kept]))
@@ -155,7 +157,7 @@ def main():
                  "sequences": len(rows)}
         micros = list(batch.share(rows, cfg.train.max_tokens, ranks.rank, ranks.world))
 
-        numerator, denominator = logp_of[signal.numerator], logp_of.get(signal.denominator)
+        numerator, denominator = logp_of[signal.numerator], logp_of[signal.denominator]
         if signal.denominator == "evolving":  # this minibatch's signal under pi_theta as it is now
             place, theta, row = current_logp(model, micros, ranks, temperature)
             raw = raw_signal(signal, numerator, place, theta, batch.reward, row)
@@ -185,7 +187,8 @@ def main():
                 per_token = per_token - cfg.trust.entropy_coef * entropy
             loss = losses.aggregate(per_token, micro.segment, cfg.trust.average,
                                     length=cfg.trust.fixed_length, **count)
-            # FSDP2 averages gradients over ranks; the loss is a share of a global mean
+            # a micro-batch's loss is its share of the minibatch's mean, to be summed over ranks;
+            # FSDP2 averages gradients over ranks, hence the factor
             (loss * ranks.world).backward()
             total += loss.detach()
             seen.append((logp.detach(), entropy.detach(), micro.place, micro.row[micro.segment]))
@@ -233,15 +236,15 @@ def current_logp(model, micros, ranks, temperature):
         micro = micro.to(ranks.device)
         logp, _ = model.logp(micro.tokens, micro.cu_seqlens, micro.scored, temperature=temperature)
         seen.append((micro.place, logp, micro.row[micro.segment]))
-    # without a backward pass to do it, gathered weights would outlive a change of the shards
-    model.reshard()
+    model.reshard()  # backward would do it; else the gathered weights outlive the next update
     return tuple(ranks.gather(torch.cat(column)).cpu() for column in zip(*seen, strict=True))
 
 
 def rescoring_noise(model, batch, kept, old_logp, ranks, temperature, train):
-    """Std of log pi_old scored again in another packing, at least float32's rounding of a log-prob.
+    """Std of log pi_old scored again, in another packing, minus log pi_old.
 
-    A signal below it means nothing.
+    At least float32's rounding of a log-prob. A few sequences a rank show it; a signal below it
+    means nothing.
     """
     rows = kept[runtime.minibatch(
         batch.prompt[kept], 0, train.prompts_per_step, train.seed)][:16 * ranks.world]
@@ -260,8 +263,7 @@ def report(ranks, signal, raw, noise, identical):
                 f"min / 1 % / median / 99 % / max {' / '.join(f'{q:.3g}' for q in quantiles)}; "
                 f"re-scoring noise {noise:.2g}")
     if identical:
-        ranks.print("numerator and denominator are the same checkpoint: "
-                    "the signal is zero and the student will not move")
+        ranks.print("numerator and denominator are the same checkpoint: the signal is zero")
     elif std <= 2 * noise:
         raise ValueError(f"the signal's std {std:.3g} is within the re-scoring noise "
                          f"{noise:.3g}: numerator and denominator cannot be told apart; "
