@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import evaluate
+import rollouts
 import runtime
 from runtime import key, section
 
@@ -44,6 +45,13 @@ class Stage1:
         "last", "rule that picks the teacher's checkpoint on validation prompts: best or last")
     unlearned: bool = key(
         False, "also pick its unlearned checkpoint (steps 10-30), as 'name:unlearned'")
+
+    def __post_init__(self):
+        runtime.one_of("stage1.role", self.role, ("teacher", "control"))
+        runtime.one_of("stage1.select", self.select, ("best", "last"))
+        if self.role == "control" and runtime.given_unread(self, {"select", "unlearned"}):
+            raise ValueError(f"stage1 {self.name}: no checkpoint of a control is selected; "
+                             "select and unlearned are for teachers")
 
 
 @dataclass(frozen=True)
@@ -96,13 +104,22 @@ class Config:
         if self.rounds > 1 and self.next not in [r.name for r in (*self.stage1, *self.stage2)]:
             raise ValueError("rounds > 1 need next, the run to go on from; "
                              f"{self.next!r} is none of the runs")
-        runs = {r.name for r in self.stage1} | {
-            f"{r.name}:unlearned" for r in self.stage1 if r.unlearned}
+        names = [r.name for r in (*self.stage1, *self.stage2)]
+        if repeated := [n for n in names if names.count(n) > 1 or n == "base"]:
+            raise ValueError(f"the name {repeated[0]!r} is used already; every run needs its own")
+        if self.check.student and (
+                self.check.student not in [r.name for r in self.stage2]
+                or self.check.teacher not in [r.name for r in self.stage1 if r.role == "teacher"]):
+            raise ValueError("check.student must name a [[stage2]] run and check.teacher a "
+                             f"[[stage1]] run of role teacher, not {self.check.student!r} and "
+                             f"{self.check.teacher!r}")
+        teachers = [r for r in self.stage1 if r.role == "teacher"]
+        runs = {r.name for r in teachers} | {f"{r.name}:unlearned" for r in teachers if r.unlearned}
         for run in self.stage2:
             for side in (run.numerator, run.denominator):
                 if side not in runs | {"old", "none", "evolving"} and not Path(side).exists():
-                    raise ValueError(f"stage2 {run.name}: {side!r} is neither a stage-1 run "
-                                     "nor a checkpoint folder")
+                    raise ValueError(f"stage2 {run.name}: {side!r} is neither a teacher of "
+                                     "[[stage1]] nor a checkpoint folder")
 
 
 # ---------------------------------------------------------------- running commands
@@ -116,10 +133,10 @@ class Driver:
     def __init__(self, cfg):
         self.cfg, self.log = cfg, Path(cfg.output) / "commands.jsonl"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.done = {}
-        for line in self.log.read_text().split("\n")[:-1] if self.log.is_file() else ():
-            entry = json.loads(line)
-            self.done[entry["key"]] = entry["seconds"]
+        # whole lines only: a killed driver may have left half a line
+        lines = self.log.read_text().split("\n")[:-1] if self.log.is_file() else []
+        runtime.write_text(self.log, "".join(line + "\n" for line in lines))
+        self.done = {entry["key"]: entry["seconds"] for entry in map(json.loads, lines)}
 
     def run(self, phase, script, config, overrides=()):
         arguments = [script, "--config", str(config), *(["--set", *overrides] if overrides else [])]
@@ -147,10 +164,7 @@ class Driver:
 
 
 def last_checkpoint(run):
-    found = sorted(Path(run).glob("step_*"))
-    if not found:
-        raise ValueError(f"{run}: has no checkpoint")
-    return str(found[-1])
+    return str(evaluate.checkpoints(run)[-1][1])
 
 
 # ---------------------------------------------------------------- one seed
@@ -249,10 +263,9 @@ def average(values):
         for name in [n for n in mean if f"{n}_se" in mean]:
             mean[f"{name}_se"] = statistics.stdev([v[name] for v in values]) / len(values) ** 0.5
         return mean
-    if (isinstance(values[0], int | float) and not isinstance(values[0], bool)
-            and None not in values):
-        return sum(values) / len(values)
-    return values[0]
+    if None in values or all(v == values[0] for v in values) or isinstance(values[0], str):
+        return None if None in values else values[0]
+    return sum(values) / len(values)
 
 
 def paired(reports):
@@ -285,10 +298,10 @@ def finish(cfg, reports):
     folder, columns = Path(cfg.output), list(reports[0]["rows"][0]["sampling"])
     rows = [average(list(same)) for same in zip(*(r["rows"] for r in reports), strict=True)]
     success = None
-    if reports[0]["success"]["kind"] == "exact":  # every seed has its own table of facts
-        files = [json.loads(line) for r in reports
-                 for line in Path(r["config"]["prompts"]).read_text().splitlines()]
-        success = [row["success"] for row in files]
+    if known := reports[0]["success"]:  # every seed has its own table of facts
+        rows_of = [rollouts.read_prompts(r["config"]["prompts"]) for r in reports]
+        if all("success" in row for part in rows_of for row in part):
+            success = known["sampling"], [row["success"] for part in rows_of for row in part]
     text = evaluate.table(rows, columns)
     for seed, report in enumerate(reports):
         text += "".join(f"\nseed {seed}: selected {s['run']}@{s['step']} (rule {s['rule']})."
@@ -312,7 +325,7 @@ def finish(cfg, reports):
                         for c in r["comparisons"]],
         "seeds": list(range(len(reports))), "config": reports[0]["config"]}, indent=2))
     runtime.write_text(folder / "report.md", text + "\n")
-    evaluate.plot(rows, success, folder / "plot.png", columns[-1], notes)
+    evaluate.plot(rows, success, folder / "plot.png", notes)
     print(f"\n{text}\n\n{folder}/report.md, {folder}/plot.png", flush=True)
 
 

@@ -9,12 +9,14 @@ length; tables and plots.
                 all tokens' KL / number of tokens (kl_sequence: mean of the sequences' sums)
     KL efficiency
                 the least sequence KL at which any policy reaches this accuracy, over the sequence
-                KL spent; in [0, 1]. A prompt solved with probability s by the base costs at least
+                KL spent. A prompt solved with probability s by the base costs at least
                 a ln(a/s) + (1-a) ln((1-a)/(1-s)) to be solved with probability a (data processing),
                 and the cheapest way to a mean accuracy tilts all prompts alike:
-                a = s e^b / (s e^b + 1 - s). s is exact where the prompts file has a "success" field
-                (toy.py); else it is estimated from the base's own samples, prompts never solved
-                cannot rise, and the report says "estimate".
+                a = s e^b / (s e^b + 1 - s). It speaks of one distribution, so it is given only
+                where a [[sampling]] is untruncated at the temperature of KL. s is the "success"
+                field of the prompts file where it has one (toy.py: exact for the demonstrators,
+                whom the base imitates); else an estimate from the base's own samples, in which
+                prompts never solved cannot rise
 
 Checkpoints are scored here, never inside a training loop. A [[policy]] path may be a checkpoint or
 a run folder, which stands for all its step_* checkpoints. [[select]] picks a checkpoint of a run by
@@ -108,6 +110,9 @@ class Config:
         names = [s.name for s in self.sampling]
         if repeated := [n for n in names if names.count(n) > 1 or n in ("kl", "divergence")]:
             raise ValueError(f"sampling.name {repeated[0]!r} is used already; choose another")
+        if beyond := [k for k in self.pass_at if not 1 <= k <= self.sampling[0].n]:
+            raise ValueError(f"pass_at {beyond[0]} needs that many samples, "
+                             f"the first [[sampling]] has n = {self.sampling[0].n}")
 
 
 # ---------------------------------------------------------------- estimators
@@ -165,6 +170,12 @@ def _xlogy(a, s):
 # ---------------------------------------------------------------- one policy
 
 
+def untruncated(cfg):
+    """Name of the [[sampling]] drawn as KL is scored (its temperature, no truncation), or None."""
+    return next((s.name for s in cfg.sampling if s.temperature == cfg.kl_temperature
+                 and s.top_p == 1 and s.top_k == 0 and s.min_p == 0), None)
+
+
 def measure(path, cfg, ranks, rows, prompts, tokenizer):
     """Sample and score one policy; per-prompt numbers, gathered over ranks:
     {sampling: [dict a prompt]}, {kl: ...}.
@@ -173,8 +184,7 @@ def measure(path, cfg, ranks, rows, prompts, tokenizer):
     model = models.load(path, dtype=dtype, device=ranks.device)
     mine = list(range(ranks.rank, len(prompts), ranks.world))
     settings = [(s.name, s) for s in cfg.sampling]
-    plain = next((s.name for s in cfg.sampling if s.temperature == cfg.kl_temperature
-                  and s.top_p == 1 and s.top_k == 0 and s.min_p == 0), None)
+    plain = untruncated(cfg)
     if plain is None:  # AVG@K's truncated samples give no KL: a pass of its own
         plain = "kl"
         settings.append((plain, Sampling("kl", temperature=cfg.kl_temperature, n=cfg.kl_samples)))
@@ -254,7 +264,7 @@ def divergence(model, path, cfg, ranks, sequences):
 def summarise(cells, cfg, success):
     """Per-prompt numbers of one policy -> a report row.
 
-    success: the base's probability of success, per prompt.
+    success: the base's probability of success, per prompt, sampled as KL is (None: not known).
     """
     row = {"sampling": {}}
     for s in cfg.sampling:
@@ -269,17 +279,19 @@ def summarise(cells, cfg, success):
     first = cells[cfg.sampling[0].name]
     row.update(row["sampling"][cfg.sampling[0].name])
     row["pass_at_k"] = {str(k): mean_and_error([pass_at_k(c["n"], c["right"], k) for c in first])[0]
-                        for k in cfg.pass_at if k <= cfg.sampling[0].n}
+                        for k in cfg.pass_at}
     d = cells["divergence"]
     row["kl"], row["kl_se"] = ratio_and_error([c["kl"] for c in d], [c["tokens"] for c in d])
     row["kl_sequence"] = sum(c["kl"] for c in d) / sum(c["sequences"] for c in d)
     row["entropy"] = sum(c["entropy"] for c in d) / sum(c["tokens"] for c in d)
-    row["least_kl_sequence"] = least_kl(success, row["accuracy"])
-    # a gain within the noise of the accuracy says nothing of what it cost
-    clear = (row["accuracy"] - sum(success) / len(success) > 2 * row["accuracy_se"]
-             and math.isfinite(row["least_kl_sequence"]))
-    row["kl_efficiency"] = (row["least_kl_sequence"] / row["kl_sequence"]
-                            if clear and row["kl_sequence"] > 0 else None)
+    row["least_kl_sequence"] = row["kl_efficiency"] = None
+    if success and row["kl_sequence"] > 0:
+        plain = row["sampling"][untruncated(cfg)]  # the distribution that KL is measured of
+        floor = least_kl(success, plain["accuracy"])
+        # a gain within the noise of the accuracy says nothing of what it cost
+        clear = plain["accuracy"] - sum(success) / len(success) > 2 * plain["accuracy_se"]
+        if clear and math.isfinite(floor):
+            row["least_kl_sequence"], row["kl_efficiency"] = floor, floor / row["kl_sequence"]
     return row
 
 
@@ -292,11 +304,10 @@ def checkpoints(path):
     if (path / "config.json").is_file():
         step = path.name.removeprefix("step_")
         return [(int(step) if step.isdigit() else None, path)]
-    found = sorted(p for p in path.glob("step_*") if (p / "config.json").is_file())
+    found = models.checkpoints(path)
     if not found:
-        raise ValueError(f"{path}: neither a checkpoint folder (config.json) "
-                         "nor a run folder (step_*)")
-    return [(int(p.name.removeprefix("step_")), p) for p in found]
+        raise ValueError(f"{path}: neither a checkpoint (config.json) nor a run folder (step_*)")
+    return found
 
 
 def read_metrics(folder):
@@ -315,7 +326,8 @@ def select(rows, run, rule):
         chosen = max(mine, key=lambda row: row["accuracy"])
         why = "accuracy " + ", ".join(f"{row['step']}: {row['accuracy']:.3f}" for row in mine)
     else:
-        curve = {m["step"]: m["p_positive"] for m in read_metrics(Path(mine[0]["path"]).parent)
+        # line s + 1 of the metrics is of the policy after step s
+        curve = {m["step"] - 1: m["p_positive"] for m in read_metrics(Path(mine[0]["path"]).parent)
                  if m.get("p_positive") is not None}
         early = [row for row in mine if row["step"] in curve and 10 <= row["step"] <= 30]
         if not early:
@@ -421,9 +433,10 @@ def table(rows, columns):
     return "\n".join(lines) + "\n"
 
 
-def plot(rows, success, path, column, notes=()):
-    """Accuracy against KL per token, one panel for the main sampling and one for `column`
-    -> PNG.
+def plot(rows, success, path, notes=()):
+    """Accuracy against KL per token -> PNG; a panel each for the first and the last sampling.
+
+    success: (sampling, the base's probability of success per prompt) for the least KL, or None.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -436,8 +449,10 @@ def plot(rows, success, path, column, notes=()):
               "policy": dict(marker="d", linestyle="-")}
     spent = [row["kl"] for row in rows if row["kl"] > 0] or [1e-3]
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.6))
-    for panel, which in zip(panels, (next(iter(base["sampling"])), column), strict=True):
-        if panel is panels[0] and success:
+    columns = list(base["sampling"])
+    for panel, which in zip(panels, (columns[0], columns[-1]), strict=True):
+        if success and which == success[0]:
+            success = success[1]
             mean = sum(success) / len(success)
             levels = [mean + (0.995 - mean) * i / 60 for i in range(1, 61)]
             bound = [(least_kl(success, a) / base["length"], a) for a in levels]
@@ -476,7 +491,8 @@ def write_report(folder, report, success, draw):
     text += "".join(f"\n{line}\n" for line in notes)
     runtime.write_text(Path(folder) / "report.md", text)
     if draw:
-        plot(report["rows"], success, Path(folder) / "plot.png", columns[-1], notes)
+        bound = success and (report["success"]["sampling"], success)
+        plot(report["rows"], bound, Path(folder) / "plot.png", notes)
     return text
 
 
@@ -502,7 +518,8 @@ def main():
         [(r["id"], r.get("problem"), r.get("messages"), r["answer"]) for r in rows]
     ).encode()).hexdigest()
     settings["base"] = runtime.fingerprint(cfg.base, ranks)
-    report_rows, success = [], exact
+    plain = untruncated(cfg)
+    report_rows, success = [], exact if plain else None
     bar = tqdm(todo, desc="evaluating", unit="policy", disable=ranks.rank != 0)
     for entry, step, folder in bar:
         bar.set_postfix_str(f"{entry.name}@{step}" if step is not None else entry.name)
@@ -512,7 +529,7 @@ def main():
         name = hashlib.sha256(json.dumps(
             [checkpoint, settings], sort_keys=True).encode()).hexdigest()[:24]
         file = Path(cfg.output) / "cells" / f"{name}.json"
-        if not file.is_file():
+        if not ranks.agree(file.is_file()):
             began = time.perf_counter()
             cells = measure(folder, cfg, ranks, rows, prompts, tokenizer)
             if ranks.rank == 0:
@@ -522,8 +539,8 @@ def main():
         if ranks.rank:
             continue
         stored = json.loads(file.read_text())
-        if success is None:  # the base comes first
-            success = [c["right"] / c["n"] for c in stored["cells"][cfg.sampling[0].name]]
+        if success is None and plain:  # the base comes first
+            success = [c["right"] / c["n"] for c in stored["cells"][plain]]
         trained = [m["seconds"] for m in read_metrics(folder.parent)
                    if step is not None and m["step"] <= step and "seconds" in m]
         report_rows.append({
@@ -536,9 +553,9 @@ def main():
         chosen = [select(report_rows, s.run, s.rule) for s in cfg.select]
         report = {"rows": report_rows, "selection": chosen,
                   "comparisons": at_equal_kl(report_rows), "seeds": [cfg.seed],
-                  "success": {"kind": "exact" if exact else
-                              f"estimate from {cfg.sampling[0].n} samples of the base",
-                              "mean": sum(success) / len(success)},
+                  "success": success and {
+                      "from": "the prompts file" if exact else "the base's samples (estimate)",
+                      "sampling": plain, "mean": sum(success) / len(success)},
                   "config": asdict(cfg)}
         print(write_report(cfg.output, report, success, cfg.plot), flush=True)
 

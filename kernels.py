@@ -214,8 +214,9 @@ def linear_kl(hidden_p, head_p, hidden_q, head_q, *, temperature=1.0):
     """Exact KL(p || q) of every token over the whole vocabulary, in nats: [T] float32.
 
     hidden_p [T, H], head_p [V, H] and hidden_q [T, H'], head_q [V, H'] are the two policies' last
-    hidden states and output projections. Differentiable in all four; the logits are recomputed
-    chunk by chunk.
+    hidden states and output projections. The logits are
+    recomputed chunk by chunk. Differentiable in all four where the products are float32 (16-bit on
+    a GPU: inference only, which is what evaluate.py needs).
     """
     if len(hidden_p) != len(hidden_q) or len(head_p) != len(head_q):
         raise ValueError("the two policies differ in tokens or vocabulary: "

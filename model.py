@@ -197,7 +197,8 @@ class Packing:
             column = torch.arange(length, device=cu_seqlens.device)
             member = torch.tensor(members, device=cu_seqlens.device)
             # the token in each padded place, [count, length]
-            token = starts[member, None] + torch.minimum(column, lengths[member, None] - 1)
+            last = (lengths[member, None] - 1).clamp(min=0)
+            token = starts[member, None] + torch.minimum(column, last)
             valid = (column < lengths[member, None]).flatten()
             slots[token.flatten()[valid]] = offset + valid.nonzero()[:, 0]
             pads.append(token.flatten())
@@ -503,8 +504,8 @@ def weight_files(path):
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = [path / name for name in
-                     sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [path / Path(name).name for name in names]  # never out of this folder
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index}: not an index of weight files ({error!r})") from None
     else:
@@ -520,6 +521,13 @@ def stored_dtype(path):
     with _open(weight_files(path)[0]) as tensors:
         name = next(iter(tensors.keys()))
         return tensors.get_slice(name)[:0].dtype
+
+
+def checkpoints(run):
+    """[(step, folder)] of a run folder's step_000016, ... in order; half-written ones left out."""
+    found = [p for p in sorted(Path(run).glob("step_*"))
+             if p.name.removeprefix("step_").isdigit() and (p / "config.json").is_file()]
+    return [(int(p.name.removeprefix("step_")), p) for p in found]
 
 
 def fingerprint(path):
@@ -597,7 +605,7 @@ class Tokenizer:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if self.template is None:
-            return "".join(message["content"] for message in messages)
+            return "".join(str(message.get("content", "")) for message in messages)
 
         def raise_exception(message):
             raise TemplateError(message)

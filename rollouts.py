@@ -468,8 +468,8 @@ def main():
     bring.add_argument("responses")
     bring.add_argument("batch")
     bring.add_argument("--policy", required=True, help="checkpoint folder that sampled them")
-    bring.add_argument("--temperature", type=float, default=1.0,
-                       help="temperature they were sampled at")
+    bring.add_argument("--temperature", type=float, required=True,
+                       help="temperature they were sampled at; all log-probs are taken at it")
     bring.add_argument("--template", default="{problem}", help="text around the problem")
     bring.add_argument("--lenient", action="store_true", help="grade unboxed answers too")
     args = parser.parse_args()

@@ -33,6 +33,7 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -85,6 +86,20 @@ def one_of(name, value, allowed):
     """ValueError unless a config value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def given_unread(section, unread):
+    """Which of the keys `unread` were given a value other than their default, sorted."""
+    return sorted(f.name for f in dataclasses.fields(section)
+                  if f.name in unread and getattr(section, f.name) != f.default)
+
+
+def check_average(section, prefix):
+    """ValueError unless the `average` and `fixed_length` keys of either stage fit together."""
+    one_of(f"{prefix}.average", section.average, ("token", "sequence", "fixed"))
+    if section.average == "fixed" and section.fixed_length < 1:
+        raise ValueError(f"{prefix}.average = fixed needs {prefix}.fixed_length, "
+                         "the constant number of tokens to divide by")
 
 
 def read_config(kind, file=None, overrides=()):
@@ -228,6 +243,11 @@ class Train:
     checkpoint_every: int = key(16, "steps between checkpoints; the last step always has one")
     checkpoint_at: list[int] = key([], "further steps to keep a checkpoint of")
 
+    def __post_init__(self):
+        for name in ("prompts_per_step", "max_tokens", "checkpoint_every", "lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name} must be above 0, not {getattr(self, name)}")
+
 
 # ---------------------------------------------------------------- ranks
 
@@ -244,6 +264,17 @@ class Ranks:
     def print(self, *text):
         if self.rank == 0:
             print(*text, flush=True)
+
+    def note_unread(self, prefix, section, unread):
+        """Say which given keys nothing looks at: no option is silently ignored."""
+        for name in given_unread(section, unread):
+            self.print(f"note: {prefix}.{name} is given, but these settings do not read it")
+
+    def agree(self, value):
+        """Rank 0's value, on every rank: what decides over a collective is decided once."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def gather(self, tensor):
         """Concatenate a 1-D tensor of every rank (lengths may differ), in rank order,
@@ -275,10 +306,11 @@ def start(replicas=0):
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    wait = timedelta(days=7)  # a rank that is done with its prompts waits for the slowest
     if world > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=wait)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
     replicas = replicas or world // per_node
     if world % replicas:
         raise ValueError(f"replicas = {replicas} does not divide {world} ranks")
@@ -311,9 +343,7 @@ def policy(path, ranks, *, recompute=False):
 
 def fingerprint(path, ranks):
     """model.fingerprint, its bytes read by one rank only."""
-    found = [models.fingerprint(path) if ranks.rank == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return ranks.agree(models.fingerprint(path) if ranks.rank == 0 else None)
 
 
 def adamw(model, lr, betas, weight_decay):
@@ -330,8 +360,9 @@ def minibatch(prompt, step, size, seed):
     """Rows of step 0, 1, ...: `size` prompts, all their responses,
     from epochs that follow one another without a seam.
 
-    `prompt` [N] is each row's prompt. Every minibatch is full; an epoch is a permutation drawn
-    from (seed, epoch). A function of its arguments alone: resuming needs no state.
+    `prompt` [N] is each row's prompt. An epoch is a permutation drawn from (seed, epoch); a prompt
+    that a seam puts into one minibatch twice counts once. A function of its arguments alone:
+    resuming needs no state.
     """
     prompts = torch.unique(prompt)
     if size > len(prompts):
@@ -380,7 +411,7 @@ def batch_logp(batch, path, ranks, *, temperature, max_tokens):
     """
     checkpoint = fingerprint(path, ranks)
     logp = batch.read_column(checkpoint, temperature)
-    if logp is None:
+    if ranks.agree(logp is None):
         if int(batch.tokens.max()) >= (vocab := models.read_config(path).vocab):
             raise ValueError(f"{batch.folder}: holds token {int(batch.tokens.max())}, "
                              f"the vocabulary of {path} has {vocab}: "
@@ -426,21 +457,33 @@ class Run:
         asked = {"config": dataclasses.asdict(config), "inputs": inputs}
         if ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            begun = list(self.folder.glob("state/step_*"))  # a run that saved nothing binds nobody
-            if (file := self.folder / "run.json").is_file() and begun:
-                self._compare(json.loads(file.read_text()), asked, may_change)
-            write_text(file, json.dumps({**asked, "environment": environment(ranks)}, indent=2))
-            write_text(self.folder / "config.toml", to_toml(config))
-        dist.barrier()
+            self._open(asked, may_change)
         states = sorted(self.folder.glob("state/step_*"))
-        self.state = states[-1] if states else None
+        self.state = ranks.agree(states[-1] if states else None)
         self.first = int(self.state.name.removeprefix("step_")) if self.state else 0
-        self.done = (self.folder / "done.json").is_file() and \
-            json.loads((self.folder / "done.json").read_text()).get("config") == asked["config"]
+        done = self.folder / "done.json"
+        self.done = ranks.agree(done.is_file()
+                                and json.loads(done.read_text())["config"] == asked["config"])
         if ranks.rank == 0 and not self.done:
+            write_text(self.folder / "config.toml", to_toml(config))
             kept = [line for line in self._lines() if json.loads(line)["step"] <= self.first]
             write_text(self.folder / "metrics.jsonl", "".join(line + "\n" for line in kept))
         dist.barrier()
+
+    def _open(self, asked, may_change):
+        file, environments = self.folder / "run.json", []
+        if file.is_file():
+            was = json.loads(file.read_text())
+            if list(self.folder.glob("state/step_*")):
+                self._compare(was, asked, may_change)
+                environments = was["environments"]
+                if (self.folder / "done.json").is_file() and was["config"] == asked["config"]:
+                    return
+            else:  # a run that saved no state binds nobody, and leaves nothing behind
+                for _, folder in models.checkpoints(self.folder):
+                    shutil.rmtree(folder)
+        write_text(file, json.dumps(
+            {**asked, "environments": [*environments, environment(self.ranks)]}, indent=2))
 
     def _compare(self, was, asked, may_change):
         old, new = (_flat(was["config"]) | _flat(was["inputs"]),
@@ -499,7 +542,7 @@ class Run:
             tensors = {}
             for name, parameter in model.named_parameters():
                 state = optimizer.state[parameter]
-                tensors["step." + name] = state["step"]
+                tensors["step." + name] = state["step"].cpu()
                 for kind, value in (("weight", parameter), ("exp_avg", state["exp_avg"]),
                                     ("exp_avg_sq", state["exp_avg_sq"])):
                     tensors[f"{kind}.{name}"] = value.detach().to_local().contiguous().cpu()

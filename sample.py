@@ -206,6 +206,7 @@ def default_slots(model, length, available):
     # bytes of keys and values
     token = 2 * c.layers * c.kv_heads * c.head_dim * model.head.element_size()
     logits = 6 * 8 * c.vocab  # temporaries of drawing a token, per slot
+    torch.cuda.empty_cache()  # what torch keeps for reuse is free, too
     fit = int(0.9 * torch.cuda.mem_get_info(model.device)[0] / (token * length + logits))
     if fit < 1:
         raise ValueError(f"not even one sequence of {length} tokens fits this GPU's memory; "

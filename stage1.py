@@ -42,6 +42,14 @@ import rollouts
 import runtime
 from runtime import key, section
 
+# the keys of [loss] that only some objectives read
+READS = {"ce": {"beta", "aggregate", "reference"},
+         "sapo": {"tau_pos", "tau_neg", "normalize"},
+         "grpo": {"clip_low", "clip_high", "normalize"},
+         "cispo": {"cispo_clip", "normalize"},
+         "mse": {"negative_weight"},
+         "sft": set()}
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -71,13 +79,19 @@ class Loss:
     entropy_coef: float = key(0.0, "weight of the entropy bonus")
 
     def __post_init__(self):
-        runtime.one_of("loss.name", self.name, ("ce", "sapo", "grpo", "cispo", "mse", "sft"))
+        runtime.one_of("loss.name", self.name, READS)
         runtime.one_of("loss.aggregate", self.aggregate, ("sum", "mean"))
-        runtime.one_of("loss.average", self.average, ("token", "sequence", "fixed"))
         runtime.one_of("loss.kl", self.kl, losses.PENALTIES)
-        if self.average == "fixed" and self.fixed_length < 1:
-            raise ValueError("loss.average = fixed needs loss.fixed_length, "
-                             "the constant number of tokens to divide by")
+        runtime.check_average(self, "loss")
+
+    @property
+    def unread(self):
+        """The keys that this objective does not look at."""
+        names = set.union(*READS.values()) - READS[self.name]
+        names |= set() if self.average == "fixed" else {"fixed_length"}
+        names |= set() if self.kl_coef else {"kl"}
+        penalised = self.kl_coef or self.entropy_coef
+        return names if self.name != "ce" or penalised else names | {"average", "fixed_length"}
 
 
 @dataclass(frozen=True)
@@ -103,11 +117,14 @@ def main():
     batch = rollouts.load(cfg.batch)
     old = cfg.old or batch.header["policy"]
     temperature = cfg.logprob_temperature or batch.temperature
-    inputs = {"policy": runtime.fingerprint(cfg.policy, ranks),
-              "old": runtime.fingerprint(old, ranks), "batch": batch.digest}
+    reference = {"old": old, "start": cfg.policy}.get(cfg.loss.reference, cfg.loss.reference)
+    inputs = {"batch": batch.digest, **{name: runtime.fingerprint(path, ranks) for name, path in (
+        ("policy", cfg.policy), ("old", old), ("reference", reference))}}
     run = runtime.Run(cfg.output, cfg, inputs, ranks, may_change=("steps",))
     if run.done:
         return ranks.print(f"{cfg.output}: already complete")
+
+    ranks.note_unread("loss", cfg.loss, cfg.loss.unread)
 
     # which rows are trained on: a reward the grader could not decide teaches nothing
     undecided, truncated = batch.reward.isnan(), ~batch.finished
@@ -131,8 +148,7 @@ def main():
         gap = (old_logp - batch.sampler_logp)[batch.response].abs()
         ranks.print(f"sampler and trainer log-probs differ by {gap.mean():.2g} on average, "
                     f"{gap.max():.2g} at most")
-    reference = {"old": old, "start": cfg.policy}.get(cfg.loss.reference, cfg.loss.reference)
-    ref_logp = old_logp if reference == old or cfg.loss.name != "ce" else runtime.batch_logp(
+    ref_logp = old_logp if inputs["reference"] == inputs["old"] else runtime.batch_logp(
         batch, reference, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
 
     advantage = torch.zeros(len(batch))
@@ -191,7 +207,8 @@ def main():
         seconds = time.perf_counter() - began
         run.log(step + 1, {
             "loss": float(total), **losses.diagnostics(
-                logp, old_logp[place], entropy, advantage[row], batch.reward, row,
+                logp, old_logp[place], entropy,
+                advantage[row] if cfg.loss.name == "grpo" else None, batch.reward, row,
                 clip_low=cfg.loss.clip_low, clip_high=cfg.loss.clip_high),
             "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
             "tokens_per_second": int(batch.lengths[rows].sum()) / seconds,

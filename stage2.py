@@ -73,11 +73,14 @@ class Trust:
     entropy_coef: float = key(0.0, "weight of the entropy bonus (Table 6b: 0.5)")
 
     def __post_init__(self):
-        runtime.one_of("trust.average", self.average, ("token", "sequence", "fixed"))
         runtime.one_of("trust.kl", self.kl, losses.PENALTIES)
-        if self.average == "fixed" and self.fixed_length < 1:
-            raise ValueError("trust.average = fixed needs trust.fixed_length, "
-                             "the constant number of tokens to divide by")
+        runtime.check_average(self, "trust")
+
+    @property
+    def unread(self):
+        """The keys that these settings do not look at."""
+        return ((set() if self.kl_coef else {"kl"})
+                | (set() if self.average == "fixed" else {"fixed_length"}))
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ def main():
     if inputs["policy"] != batch.header["fingerprint"]:
         raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; "
                          "set policy to the one that is")
+
+    ranks.note_unread("trust", cfg.trust, cfg.trust.unread)
 
     # log-probs of the batch under every checkpoint that a signal needs, one in memory at a time
     logp_of = {"none": None, "evolving": None}
@@ -161,7 +166,8 @@ def main():
         if signal.denominator == "evolving":  # this minibatch's signal under pi_theta as it is now
             place, theta, row = current_logp(model, micros, ranks, temperature)
             raw = raw_signal(signal, numerator, place, theta, batch.reward, row)
-            advantage[place] = losses.whiten(raw, shift_mean=signal.shift_mean)
+            arrived = float(raw.std()) <= 2 * noise  # at the teacher: only rounding is left of it
+            advantage[place] = 0.0 if arrived else losses.whiten(raw, shift_mean=signal.shift_mean)
         elif signal is not current:  # a fixed signal, over the whole batch, once
             fixed = None if denominator is None else denominator[token]
             raw = raw_signal(signal, numerator, token, fixed, batch.reward, owner)

@@ -258,6 +258,7 @@ def traces(cfg, table, tokenizer, step, rank, world):
 def main():
     cfg = runtime.parse(Config, __doc__)
     ranks = runtime.start()
+    ranks.note_unread("task", cfg.task, {"bad"} if cfg.task.kind == "rules" else set())
     folder, table = Path(cfg.output), corrupted_table(cfg.task, cfg.seed)
     run = runtime.Run(folder / "sft", cfg, {}, ranks)
     if run.done and (folder / "policy").is_dir():

@@ -28,7 +28,7 @@ select = "best"
 name = "mse"
 config = "configs/toy/stage1.toml"
 set = ["steps=36", "train.checkpoint_every=12", "train.checkpoint_at=[]",
-       "loss.name=mse", "train.lr=1e-3"]
+       'loss={{name="mse"}}', "train.lr=1e-3"]
 unlearned = true
 
 [[stage2]]

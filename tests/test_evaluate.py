@@ -202,7 +202,8 @@ def run_rows(tmp_path):
     """Rows of a run folder whose metrics.jsonl holds p_positive, once undefined."""
     folder = tmp_path / "run"
     folder.mkdir()
-    curve = {4: 0.1, 10: 0.5, 16: None, 20: 0.3, 30: 0.4, 40: 0.05}
+    # the line of step s + 1 is of the policy after step s
+    curve = {5: 0.1, 11: 0.5, 17: None, 21: 0.3, 31: 0.4, 41: 0.05}
     (folder / "metrics.jsonl").write_text("".join(
         json.dumps({"step": step, "p_positive": p}) + "\n" for step, p in curve.items()))
     accuracies = {4: 0.5, 10: 0.7, 16: 0.6, 20: 0.8, 30: 0.75, 40: 0.6}
@@ -238,7 +239,7 @@ def test_checkpoints(tmp_path):
     assert E.checkpoints(tmp_path) == [(20, tmp_path / "step_000020"),
                                        (100, tmp_path / "step_000100")]
     assert E.checkpoints(tmp_path / "step_000020") == [(20, tmp_path / "step_000020")]
-    with pytest.raises(ValueError, match="neither a checkpoint folder"):
+    with pytest.raises(ValueError, match="neither a checkpoint"):
         E.checkpoints(tmp_path / "step_000007")
 
 
@@ -262,7 +263,7 @@ def test_table():
     ids=["base alone", "all roles"])
 def test_plot(tmp_path, rows):
     """A headless machine must get its picture, also of a base alone."""
-    E.plot(rows, [0.3, 0.7], tmp_path / "plot.png", "greedy", ["a note"])
+    E.plot(rows, ("T=1", [0.3, 0.7]), tmp_path / "plot.png", ["a note"])
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -275,7 +276,7 @@ prompts = "{folder}/prompts.jsonl"
 output = "{folder}/report"
 max_new_tokens = 12
 lenient = true
-pass_at = [1, 2, 4, 8]
+pass_at = [1, 2, 4]
 max_tokens = 90
 seed = 3
 [[policy]]
@@ -403,7 +404,8 @@ def test_the_report_holds_what_is_promised(evaluated):
     best, unlearned = report["selection"]
     accuracy = {r["step"]: r["accuracy"] for r in report["rows"] if r["policy"] == "teacher"}
     assert accuracy[best["step"]] == max(accuracy.values()) and unlearned["step"] == 20
-    assert report["success"] == {"kind": "exact", "mean": pytest.approx(0.35)}
+    assert report["success"] == {"from": "the prompts file", "sampling": "T=1",
+                                 "mean": pytest.approx(0.35)}
     assert len(report["comparisons"]) == 3  # one student, one teacher, three samplings
     text = (folder / "report" / "report.md").read_text()
     assert text.strip() in evaluated["out"] and text.count("\n| ") == 4
@@ -454,10 +456,13 @@ def test_numbers_by_another_way(evaluated, place):
     assert got["undecided"] == undecided / 24
     assert (got["accuracy"], got["accuracy_se"]) == pytest.approx(
         E.mean_and_error([c / 4 for c in right]))
-    assert got["pass_at_k"] == pytest.approx({  # 8 is more than there are samples
+    assert got["pass_at_k"] == pytest.approx({
         str(k): sum(E.pass_at_k(4, int(c), k) for c in right) / 6 for k in (1, 2, 4)})
     success = [r["success"] for r in rows]
-    assert got["least_kl_sequence"] == pytest.approx(E.least_kl(success, got["accuracy"]))
+    if got["least_kl_sequence"] is None:  # within the noise of the accuracy
+        assert got["accuracy"] - 0.35 <= 2 * got["accuracy_se"] and got["kl_efficiency"] is None
+    else:
+        assert got["least_kl_sequence"] == pytest.approx(E.least_kl(success, got["accuracy"]))
 
 
 def test_a_second_run_reuses_the_cells(evaluated, monkeypatch):
@@ -488,16 +493,17 @@ def test_one_rank_finds_the_same_as_two(evaluated, monkeypatch, tmp_path):
 
 
 def test_other_settings_are_other_cells(evaluated, monkeypatch, tmp_path):
-    """Truncated samplings get a KL pass of their own; without exact success an estimate is said."""
+    """Without a sampling drawn as KL is scored, KL has its own pass and no efficiency is given."""
     folder = evaluated["folder"]
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     (tmp_path / "p.jsonl").write_text("".join(
         json.dumps({k: v for k, v in line.items() if k != "success"}) + "\n" for line in lines))
     evaluate_here(monkeypatch, folder, f"output={tmp_path}", f"prompts={tmp_path}/p.jsonl",
                   "limit=3", "kl_temperature=0.7", "kl_samples=2", "sampling.0.n=2", "plot=false",
-                  "select=[]")
+                  "select=[]", "pass_at=[1]")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["success"]["kind"] == "estimate from 2 samples of the base"
+    assert report["success"] is None  # no sampling is of the distribution that KL is measured of
+    assert all(r["kl_efficiency"] is None for r in report["rows"])
     assert report["rows"][0]["kl"] == 0.0 and report["rows"][1]["kl"] > 0
     cells = [json.loads(f.read_text())["cells"] for f in (tmp_path / "cells").iterdir()]
     for cell in cells:

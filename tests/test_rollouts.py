@@ -435,7 +435,8 @@ def test_show(tmp_path, policy, monkeypatch, capsys):
     file = lines(tmp_path / "r.jsonl", {"problem": "1+2=", "response": "3", "reward": 1},
                  {"problem": "1+2=", "response": "4", "reward": 0, "finished": False},
                  {"problem": "4-1=", "response": "h3", "reward": 0.5})
-    assert call(monkeypatch, "import", file, tmp_path / "batch", "--policy", policy) == 0
+    assert call(monkeypatch, "import", file, tmp_path / "batch", "--policy", policy,
+                "--temperature", "1.0") == 0
     assert "3 rollouts written to" in capsys.readouterr().out
     assert call(monkeypatch, "show", tmp_path / "batch", "--count", 9) == 0
     text = capsys.readouterr().out
@@ -452,7 +453,8 @@ def test_commands(tmp_path, policy):
     write(tmp_path / "batch")
     bad = lines(tmp_path / "bad.jsonl", {"problem": "1=", "response": "3."})
     commands = [["show", tmp_path / "batch", "--policy", policy],
-                ["import", bad, tmp_path / "new", "--policy", policy]]
+                ["import", bad, tmp_path / "new", "--policy", policy,
+                 "--temperature", "1"]]
     running = [subprocess.Popen([sys.executable, "rollouts.py", *map(str, c)], cwd=ROOT, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}) for c in commands]

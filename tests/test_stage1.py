@@ -343,3 +343,14 @@ def test_old_logp_is_the_trainers_own_and_kept_beside_the_batch(run, tmp_path, p
         assert torch.allclose(column[lo + start : hi], logp[start - 1 :].detach(), atol=1e-5)
         assert (column[lo : lo + start] == 0).all()
     assert weights(policy)  # the source policy is untouched
+
+
+def test_keys_that_an_objective_does_not_read_are_said(run, tmp_path, policy, batch, capsys):
+    """No option is accepted and silently ignored."""
+    run(
+        stage1,
+        *arguments(policy, batch, tmp_path / "x", "steps=1", "loss.name=mse", "loss.beta=0.7"),
+    )
+    said = capsys.readouterr().out
+    assert "loss.beta is given, but these settings do not read it" in said
+    assert said.count("note:") == 1
