@@ -178,7 +178,7 @@ def untruncated(cfg):
 
 def measure(path, cfg, ranks, rows, prompts, tokenizer):
     """Sample and score one policy; per-prompt numbers, gathered over ranks:
-    {sampling: [dict a prompt]}, {kl: ...}.
+    {sampling: [dict a prompt], "divergence": [dict a prompt]}.
     """
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     model = models.load(path, dtype=dtype, device=ranks.device)
@@ -197,7 +197,7 @@ def measure(path, cfg, ranks, rows, prompts, tokenizer):
         sampled = sample.generate(
             model, local, n=s.n, max_new_tokens=cfg.max_new_tokens, temperature=s.temperature,
             top_p=s.top_p, top_k=s.top_k, min_p=s.min_p, stop=tokenizer.stop, seed=cfg.seed,
-            slots=slots, ids=mine)
+            slots=slots, ids=mine, progress=ranks.rank == 0)
         for q in sampled:
             texts.append(tokenizer.decode(q.tokens))
             golds.append(rows[mine[q.prompt]]["answer"])

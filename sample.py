@@ -55,18 +55,20 @@ class Sequence(NamedTuple):
 
 
 def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
-             stop=(), seed=0, slots=256, ids=None):
+             stop=(), seed=0, slots=256, ids=None, progress=False):
     """Sample n responses to each of `prompts` (lists of token ids) -> list of Sequence,
     prompt by prompt.
 
     temperature 0 is greedy (its logp is at temperature 1). Truncation in this order: top_k (0:
     off), top_p, min_p (relative to the likeliest token); the likeliest token always stays. `stop`
     token ids end a response and belong to it. `ids` identify the prompts to the random numbers
-    (default: their places). ValueError on an empty prompt.
+    (default: their places); `progress` shows a bar. ValueError on an empty prompt.
     """
     settings = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                     top_k=top_k, min_p=min_p, stop=stop, seed=seed, slots=slots, ids=ids)
-    finished = {(s.prompt, sample): s for s, sample in stream(model, prompts, **settings)}
+    drawn = tqdm(stream(model, prompts, **settings), total=len(prompts) * n, unit="seq",
+                 disable=not progress, mininterval=5, leave=False)
+    finished = {(s.prompt, sample): s for s, sample in drawn}
     return [finished[place] for place in sorted(finished)]
 
 
