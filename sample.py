@@ -67,7 +67,7 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0,
     settings = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                     top_k=top_k, min_p=min_p, stop=stop, seed=seed, slots=slots, ids=ids)
     drawn = tqdm(stream(model, prompts, **settings), total=len(prompts) * n, unit="seq",
-                 disable=not progress, mininterval=5, leave=False)
+                 disable=not progress, mininterval=5, leave=False, delay=10)
     finished = {(s.prompt, sample): s for s, sample in drawn}
     return [finished[place] for place in sorted(finished)]
 
