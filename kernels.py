@@ -41,7 +41,8 @@ def linear_logp(hidden, head, targets, *, temperature=1.0, entropy=True):
 
     hidden [T, H], head [V, H] (one floating dtype), targets [T] integer in [0, V).
     Returns (logp [T], entropy [T] or None), float32, differentiable with respect to hidden and head
-    through both. The products accumulate in float32. Raises ValueError on shapes that do not fit.
+    through both. The products accumulate in float32. Raises ValueError on shapes that do not fit
+    and (on a CPU) on targets outside the vocabulary.
     """
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError("hidden [T, H] and head [V, H] do not fit: "
@@ -52,6 +53,10 @@ def linear_logp(hidden, head, targets, *, temperature=1.0, entropy=True):
     if not temperature > 0:
         raise ValueError("temperature must be above 0 (greedy has no log-probabilities), "
                          f"not {temperature}")
+    if len(targets) and not targets.is_cuda:  # on a GPU the look would cost a synchronisation
+        if int(targets.min()) < 0 or int(targets.max()) >= len(head):
+            raise ValueError(f"targets must lie in [0, {len(head)}), found {int(targets.min())} "
+                             f"to {int(targets.max())}")
     logp, H = _LinearLogp.apply(hidden, head, targets.long(), 1.0 / temperature, entropy)
     return logp, (H if entropy else None)
 

@@ -340,3 +340,10 @@ def test_kl_wrong_shapes():
         linear_kl(hidden_p, head_p, hidden_q[:6], head_q)
     with pytest.raises(ValueError, match=r"\(33, 8\).*\(32, 5\)"):
         linear_kl(hidden_p, head_p, hidden_q, head_q[:32])
+
+
+@pytest.mark.parametrize("target", [-1, 33])
+def test_targets_outside_the_vocabulary(target):
+    """Silently, they would score as a logit of 0."""
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, 33\)"):
+        linear_logp(torch.randn(2, 8), torch.randn(33, 8), torch.tensor([0, target]))
