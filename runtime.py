@@ -473,15 +473,13 @@ class Run:
     def _open(self, asked, may_change):
         file, environments = self.folder / "run.json", []
         if file.is_file():
-            was = json.loads(file.read_text())
-            if list(self.folder.glob("state/step_*")):
+            was, done = json.loads(file.read_text()), (self.folder / "done.json").is_file()
+            # a run that saved nothing binds nobody
+            if done or models.checkpoints(self.folder) or list(self.folder.glob("state/step_*")):
                 self._compare(was, asked, may_change)
                 environments = was["environments"]
-                if (self.folder / "done.json").is_file() and was["config"] == asked["config"]:
+                if done and was["config"] == asked["config"]:
                     return
-            else:  # a run that saved no state binds nobody, and leaves nothing behind
-                for _, folder in models.checkpoints(self.folder):
-                    shutil.rmtree(folder)
         write_text(file, json.dumps(
             {**asked, "environments": [*environments, environment(self.ranks)]}, indent=2))
 

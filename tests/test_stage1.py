@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -354,3 +355,16 @@ def test_keys_that_an_objective_does_not_read_are_said(run, tmp_path, policy, ba
     said = capsys.readouterr().out
     assert "loss.beta is given, but these settings do not read it" in said
     assert said.count("note:") == 1
+
+
+def test_a_finished_run_outlives_its_resume_state(run, tmp_path, policy, batch, capsys):
+    """The state is large and may be deleted; the checkpoints are then neither lost nor redone."""
+    settings = arguments(policy, batch, tmp_path / "x", "steps=2")
+    run(stage1, *settings)
+    shutil.rmtree(tmp_path / "x/state")
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "x/step_000002").iterdir()}
+    run(stage1, *settings)
+    assert "already complete" in capsys.readouterr().out
+    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "x/step_000002").iterdir()}
+    with pytest.raises(ValueError, match="loss.name"):
+        run(stage1, *settings, "loss.name=sft")
