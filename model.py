@@ -1,54 +1,77 @@
-"""model.py - the transformer: Llama, Qwen2 and Qwen3 from a Hugging Face folder and back,
+"""model.py - the transformer: Llama, Qwen2, Qwen3 and Qwen3.5 from a Hugging Face folder and back,
 written out.
 
-One decoder serves all three; they differ in three switches read from config.json:
+One decoder serves all four; they differ in switches read from config.json:
 
-                 qkv bias   q/k RMSNorm per head   rope
-    Llama        no         no                     plain or "llama3" scaling
-    Qwen2        yes        no                     plain
-    Qwen3        no         yes                    plain
+                 qkv bias   q/k norm   rope                      norms   layers
+    Llama        no         no         plain, "llama3" scaling   w       attention
+    Qwen2        yes        no         plain                     w       attention
+    Qwen3        no         per head   plain                     w       attention
+    Qwen3.5      no         per head   a quarter of each head    1 + w   3 gated DeltaNet, then one
+                                                                         attention with a gate
 
-    x += attention(norm(x));  x += down(silu(gate(norm(x))) * up(norm(x)))
+    x += mix(norm(x));  x += down(silu(gate(norm(x))) * up(norm(x)))
 
 Input is packed: `tokens` [T] of B sequences laid end to end, `cu_seqlens` [B+1] their boundaries
-(cu_seqlens[0] = 0, cu_seqlens[B] = T). Attention is causal within a sequence, positions restart at
-each, nothing leaks between them. The output is the last hidden state [T, H];
+(cu_seqlens[0] = 0, cu_seqlens[B] = T). Every layer is causal within a sequence, positions restart
+at each, nothing leaks between them. The output is the last hidden state [T, H];
 logits = hidden @ model.head.T are never formed here (kernels.py turns hidden states into
-log-probabilities). A KV cache serves the sampler.
+log-probabilities). A cache of keys, values and DeltaNet states serves the sampler.
 
-    model = load("path/to/Qwen3-0.6B")        # any folder with config.json and *.safetensors
+    model = load("Qwen/Qwen3-0.6B")           # or any folder with config.json and *.safetensors
     hidden = model(tokens, cu_seqlens)        # [T, H]
     save(model, "path/to/copy")               # loads in transformers and vLLM unchanged
 
-Parameter names are the checkpoint's own. Shapes: T tokens, B sequences, H hidden width,
-V vocabulary, A query heads, K key/value heads, D head width, S slots of the cache.
+Parameter names are the checkpoint's own (Qwen3.5: without "language_model.", see `own_name`); of a
+Qwen3.5 with vision, the text part runs and the rest is carried along. Shapes: T tokens,
+B sequences, H hidden width, V vocabulary, A query heads, K key/value heads, D head width, S slots
+of the cache.
 """
 
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+import hf
+from hf import Tokenizer as Tokenizer  # part of a model, for those who import this file
 from kernels import linear_logp
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
+from mixing import Decode, Packed, Prefill
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
-                 "Qwen3ForCausalLM": "qwen3"}
+                 "Qwen3ForCausalLM": "qwen3", "Qwen3_5ForCausalLM": "qwen3_5",
+                 "Qwen3_5ForConditionalGeneration": "qwen3_5"}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The shape of a gated DeltaNet layer: heads and widths of keys and of values, taps of the
+    convolution.
+    """
+
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    taps: int
+
+    @property
+    def channels(self):
+        """Of the convolution: queries, keys and values side by side."""
+        return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
 
 
 @dataclass(frozen=True)
@@ -74,25 +97,28 @@ class Config:
     rope_theta: float = 1e4
     # rope_scaling: factor, low, high, original length
     rope_scaling: tuple[float, float, float, int] | None = None
+    rotary: int = 0  # dimensions of a head that rotate; 0: all
+    zero_centred: bool = False  # norms multiply by 1 + w
+    gated: bool = False  # attention's output is gated, by a second half of q_proj
+    delta: Delta | None = None
+    linear: tuple[bool, ...] = ()  # of each layer, whether it is gated DeltaNet
 
 
 def read_config(path):
-    """config.json of a checkpoint folder -> Config.
+    """config.json of a checkpoint (or only that: a shape without weights) -> Config.
 
     ValueError on anything this file does not compute.
     """
-    file = Path(path) / "config.json"
+    file = hf.folder(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{path}: not a checkpoint folder (it has no config.json)")
-    try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    names = raw.get("architectures") or ["(none)"]
+    whole = hf.read_json(file)
+    names = whole.get("architectures") or ["(none)"]
     kind = ARCHITECTURES.get(names[0])
     if kind is None:
         raise ValueError(f"{file}: architecture {names[0]} is not supported; "
                          f"supported are {', '.join(ARCHITECTURES)}")
+    raw = whole.get("text_config") or whole  # with vision, the text part lies in a section
 
     def need(key):
         if raw.get(key) is None:
@@ -101,15 +127,31 @@ def read_config(path):
 
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
-        raise ValueError(f"{file}: sliding-window attention is not supported")
+    if not raw.get("attn_output_gate", True):
+        raise ValueError(f"{file}: attn_output_gate = false is not supported")
+    layers, layer_types = need("num_hidden_layers"), raw.get("layer_types")
+    if layer_types is None:
+        every = raw.get("full_attention_interval", 4) if kind == "qwen3_5" else 1
+        layer_types = ["linear_attention" if (i + 1) % every else "full_attention"
+                       for i in range(layers)]
+    known = {"full_attention", *(["linear_attention"] if kind == "qwen3_5" else [])}
+    if raw.get("use_sliding_window") or not known.issuperset(layer_types):
+        raise ValueError(f"{file}: sliding-window attention is not supported" if
+                         raw.get("use_sliding_window") or "sliding_attention" in layer_types else
+                         f"{file}: layer_types must be of {sorted(known)}, not {layer_types}")
+    if len(layer_types) != layers:
+        raise ValueError(f"{file}: {len(layer_types)} layer_types, but {layers} layers")
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"{file}: rope type {rope_type!r} is not supported, "
                          "only 'default' and 'llama3'")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+    heads = need("num_attention_heads")
+    head_dim = raw.get("head_dim") or need("hidden_size") // heads
+    part = rope.get("partial_rotary_factor",
+                    raw.get("partial_rotary_factor", 0.25 if kind == "qwen3_5" else 1.0))
+    if part != 1.0 and kind != "qwen3_5":
         raise ValueError(f"{file}: partial_rotary_factor is not supported for {names[0]}")
     scaling = None
     if rope_type == "llama3":
@@ -117,40 +159,50 @@ def read_config(path):
         if missing := [key for key in keys if key not in rope]:
             raise ValueError(f"{file}: llama3 rope scaling lacks {', '.join(missing)}")
         scaling = tuple(rope[key] for key in keys)
-    heads = need("num_attention_heads")
+    delta = None
+    if kind == "qwen3_5":
+        delta = Delta(*(need(f"linear_{key}") for key in (
+            "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
+            "conv_kernel_dim")))
     return Config(
-        vocab=need("vocab_size"), hidden=need("hidden_size"), layers=need("num_hidden_layers"),
-        heads=heads, kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or need("hidden_size") // heads,
+        vocab=need("vocab_size"), hidden=need("hidden_size"), layers=layers,
+        heads=heads, kv_heads=raw.get("num_key_value_heads") or heads, head_dim=head_dim,
         intermediate=need("intermediate_size"), eps=raw.get("rms_norm_eps", 1e-6),
-        tied=raw.get("tie_word_embeddings", False),
+        tied=whole.get("tie_word_embeddings", raw.get("tie_word_embeddings", False)),
         qkv_bias=kind == "qwen2" or bool(raw.get("attention_bias")),
         o_bias=kind != "qwen2" and bool(raw.get("attention_bias")),
-        mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")), qk_norm=kind == "qwen3",
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))), rope_scaling=scaling)
+        mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")),
+        qk_norm=kind in ("qwen3", "qwen3_5"),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))), rope_scaling=scaling,
+        rotary=int(head_dim * part), zero_centred=kind == "qwen3_5", gated=kind == "qwen3_5",
+        delta=delta, linear=tuple(t == "linear_attention" for t in layer_types))
 
 
 # ---------------------------------------------------------------- the parts, bottom up
 
 
 class RMSNorm(nn.Module):
-    """w * x / sqrt(mean(x^2) + eps) over the last dimension, in float32."""
+    """w * x / sqrt(mean(x^2) + eps) over the last dimension, in float32; 1 + w where zero-centred.
+    """
 
-    def __init__(self, width, eps):
+    def __init__(self, width, eps, zero_centred=False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter((torch.zeros if zero_centred else torch.ones)(width))
+        self.eps, self.zero_centred = eps, zero_centred
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        if self.zero_centred:
+            return (normed * (1 + self.weight.float())).to(x.dtype)
+        return normed.to(x.dtype) * self.weight
 
 
 def rope_frequencies(config):
-    """Angle per position of each pair of dimensions, [D/2] float32;
+    """Angle per position of each rotating pair of dimensions, [rotary/2] float32;
     long waves slowed by "llama3" scaling.
     """
-    f = config.rope_theta ** (
-        -torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    width = config.rotary or config.head_dim
+    f = 1 / config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     if config.rope_scaling is None:
         return f
     factor, low, high, original = config.rope_scaling
@@ -160,90 +212,84 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x [T, heads, D] by cos, sin [T, 1, D/2] float32;
-    the halves of D are the pairs.
+    """Rotary embedding of x [T, heads, D] by cos, sin [T, 1, R/2] float32, of the first R
+    dimensions; their halves are the pairs.
     """
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-class Packing:
-    """How B packed sequences lie in memory, computed once a forward pass and shared by all layers.
-
-    `positions` [T] restart at each sequence. Where no variable-length kernel serves (CPU, float32),
-    attention runs on right-padded copies, in groups of sequences of similar length: `pad` [P] is
-    the token in each padded place, `unpad` [T] the place of each token, `groups` the
-    [count, length] of each group. Causality makes a mask unnecessary: no token ever sees the
-    padding to its right.
-    """
-
-    def __init__(self, cu_seqlens, T, padded):
-        lengths = cu_seqlens.diff()
-        starts = cu_seqlens[:-1]
-        self.cu_seqlens = cu_seqlens.int()
-        self.positions = (torch.arange(T, device=cu_seqlens.device)
-                          - starts.repeat_interleave(lengths, output_size=T))
-        sizes = lengths.tolist()
-        self.longest = max(sizes, default=0)
-        if not padded:
-            return
-        by_size = {}  # lengths within a factor of two share a group
-        for b, size in enumerate(sizes):
-            by_size.setdefault(max(size - 1, 0).bit_length(), []).append(b)
-        pads, slots, self.groups, offset = (
-            [], torch.empty(T, dtype=torch.long, device=cu_seqlens.device), [], 0)
-        for members in by_size.values():
-            length = max(sizes[b] for b in members)
-            column = torch.arange(length, device=cu_seqlens.device)
-            member = torch.tensor(members, device=cu_seqlens.device)
-            # the token in each padded place, [count, length]
-            last = (lengths[member, None] - 1).clamp(min=0)
-            token = starts[member, None] + torch.minimum(column, last)
-            valid = (column < lengths[member, None]).flatten()
-            slots[token.flatten()[valid]] = offset + valid.nonzero()[:, 0]
-            pads.append(token.flatten())
-            self.groups.append((len(members), length))
-            offset += len(members) * length
-        self.pad, self.unpad = torch.cat(pads), slots
-
-
-def attention(q, k, v, packing):
-    """Causal attention within each packed sequence: q [T, A, D], k and v [T, K, D] -> [T, A, D]."""
-    if not hasattr(packing, "groups"):
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [T, A, D]
-        return varlen_attn(q, k, v, packing.cu_seqlens, packing.cu_seqlens,
-                           packing.longest, packing.longest, **CAUSAL)
-    pieces, offset = [], 0
-    q, k, v = (x.index_select(0, packing.pad) for x in (q, k, v))  # [P, heads, D]
-    for count, length in packing.groups:
-        rows = slice(offset, offset := offset + count * length)
-        parts = (x[rows].view(count, length, *x.shape[1:]).transpose(1, 2)
-                 for x in (q, k, v))  # [count, heads, length, D]
-        o = F.scaled_dot_product_attention(*parts, is_causal=True,
-                                           enable_gqa=q.shape[1] != k.shape[1])
-        pieces.append(o.transpose(1, 2).flatten(0, 1))  # [count * length, A, D]
-    return torch.cat(pieces).index_select(0, packing.unpad)
+    a, b, rest = x.split((cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
+    a, b = a.float(), b.float()
+    return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), -1)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.head_dim, self.gated = c.head_dim, c.gated
+        self.q_proj = nn.Linear(c.hidden, (1 + c.gated) * c.heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.eps, c.zero_centred) for _ in "qk")
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, cos, sin, attend):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # [T, A, D]; [T, K, D]
+    def forward(self, x, cos, sin, mix, memory):
+        q = self.q_proj(x).unflatten(-1, (-1, (1 + self.gated) * self.head_dim))
+        q, gate = q.split(self.head_dim, -1) if self.gated else (q, None)  # [T, A, D]
+        k, v = (proj(x).unflatten(-1, (-1, self.head_dim))
+                for proj in (self.k_proj, self.v_proj))  # [T, K, D]
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        return self.o_proj(attend(q, k, v).flatten(1))
+        o = mix.attend(q, k, v, memory)
+        return self.o_proj((o if gate is None else o * gate.sigmoid()).flatten(1))
+
+
+class Decay(nn.Module):
+    """g = -exp(A_log) softplus(a + dt_bias) <= 0: the log of what a head keeps of its memory.
+
+    In float32 always: g is a rate, and rounding it to bfloat16 bends hundreds of tokens later.
+    """
+
+    def __init__(self, heads):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.ones(heads))
+
+    def forward(self, a):
+        return -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention by the gated delta rule (deltanet.py):
+    queries, keys and values from a short convolution, the output normed per head, then gated.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        d = self.shape = c.delta
+        self.in_proj_qkv = nn.Linear(c.hidden, d.channels, bias=False)
+        self.in_proj_z = nn.Linear(c.hidden, d.v_heads * d.v_dim, bias=False)
+        self.in_proj_b = nn.Linear(c.hidden, d.v_heads, bias=False)
+        self.in_proj_a = nn.Linear(c.hidden, d.v_heads, bias=False)
+        self.conv1d = nn.Conv1d(d.channels, d.channels, d.taps, groups=d.channels, bias=False)
+        self.decay = Decay(d.v_heads)
+        self.norm = RMSNorm(d.v_dim, c.eps)
+        self.out_proj = nn.Linear(d.v_heads * d.v_dim, c.hidden, bias=False)
+
+    def forward(self, x, cos, sin, mix, memory):
+        d = self.shape
+        qkv = F.silu(mix.convolve(self.in_proj_qkv(x), self.conv1d.weight, memory))
+        q, k, v = qkv.split((d.k_heads * d.k_dim, d.k_heads * d.k_dim, d.v_heads * d.v_dim), -1)
+        q, k = (unit(y.unflatten(-1, (d.k_heads, d.k_dim)).float()).repeat_interleave(
+            d.v_heads // d.k_heads, 1) for y in (q, k))  # [T, V, dk]
+        v = v.unflatten(-1, (d.v_heads, d.v_dim))  # [T, V, dv]
+        g, beta = self.decay(self.in_proj_a(x)), self.in_proj_b(x).float().sigmoid()  # [T, V]
+        o = self.norm(mix.recall(q * d.k_dim ** -0.5, k, v, g, beta, memory))
+        gate = F.silu(self.in_proj_z(x).view(o.shape).float())
+        return self.out_proj((o * gate).flatten(1).to(x.dtype))
+
+
+def unit(x):
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 class MLP(nn.Module):
@@ -260,20 +306,21 @@ class MLP(nn.Module):
 class Block(nn.Module):
     recompute = False  # activation checkpointing: keep only the input, run again in backward
 
-    def __init__(self, c):
+    def __init__(self, c, linear=False):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden, c.eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden, c.eps)
+        self.mixer = "linear_attn" if linear else "self_attn"
+        self.input_layernorm = RMSNorm(c.hidden, c.eps, c.zero_centred)
+        setattr(self, self.mixer, GatedDeltaNet(c) if linear else Attention(c))
+        self.post_attention_layernorm = RMSNorm(c.hidden, c.eps, c.zero_centred)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, *context):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, cos, sin, attend, use_reentrant=False)
-        return self._forward(x, cos, sin, attend)
+            return checkpoint(self._forward, x, *context, use_reentrant=False)
+        return self._forward(x, *context)
 
-    def _forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def _forward(self, x, cos, sin, mix, memory):
+        x = x + getattr(self, self.mixer)(self.input_layernorm(x), cos, sin, mix, memory)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -287,8 +334,9 @@ class Transformer(nn.Module):
         self.config, self.source = config, None
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab, config.hidden)
-        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.model.norm = RMSNorm(config.hidden, config.eps)
+        self.model.layers = nn.ModuleList(
+            Block(config, linear) for linear in config.linear)
+        self.model.norm = RMSNorm(config.hidden, config.eps, config.zero_centred)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
 
@@ -301,36 +349,32 @@ class Transformer(nn.Module):
     def device(self):
         return self.model.norm.weight.device
 
-    def _run(self, tokens, positions, attend):
-        """`attend(layer, q, k, v)` is what training, prefill and decoding differ in."""
-        angle = positions[:, None, None].float() * _frequencies(self.config, positions.device)
-        cos, sin = angle.cos(), angle.sin()  # [T, 1, D/2]
+    def _run(self, tokens, mix, cache=None):
+        """`mix` is what training, prefill and decoding differ in."""
+        angle = mix.positions[:, None, None].float() * _frequencies(self.config, tokens.device)
+        cos, sin = angle.cos(), angle.sin()  # [T, 1, R/2]
         x = self.model.embed_tokens(tokens)  # [T, H]
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, lambda q, k, v, i=i: attend(i, q, k, v))
+            x = block(x, cos, sin, mix, cache and cache.layers[i])
         return self.model.norm(x)
 
-    def _packing(self, tokens, cu_seqlens):
+    def _check(self, tokens, cu_seqlens):
+        """Packed input -> (cu_seqlens int64, T, whether it is computed in 16 bits on a GPU)."""
         if (cu_seqlens.ndim != 1 or tokens.ndim != 1 or len(cu_seqlens) < 2
                 or int(cu_seqlens[-1]) != len(tokens)):
             raise ValueError(
                 "packed input must be tokens [T] and cu_seqlens [B+1] ending in T; "
                 f"got tokens {list(tokens.shape)} and cu_seqlens {cu_seqlens.tolist()[:8]}")
-        half = (self.model.embed_tokens.weight.is_cuda
-                and self._compute_dtype() in (torch.bfloat16, torch.float16))
-        return Packing(cu_seqlens.long(), len(tokens), padded=not (half and varlen_attn))
-
-    def _compute_dtype(self):
-        # under FSDP2's mixed precision this is the gathered, cast weight
-        return self.model.norm.weight.dtype
+        # under FSDP2's mixed precision the weight is the gathered, cast one
+        weight = self.model.norm.weight
+        half = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+        return cu_seqlens.long(), len(tokens), half
 
     def forward(self, tokens, cu_seqlens):
         """tokens [T] integer, cu_seqlens [B+1] -> last hidden states [T, H];
         hidden[t] predicts tokens[t + 1].
         """
-        packing = self._packing(tokens, cu_seqlens)
-        return self._run(tokens.long(), packing.positions,
-                         lambda _, q, k, v: attention(q, k, v, packing))
+        return self._run(tokens.long(), Packed(*self._check(tokens, cu_seqlens)))
 
     def logp(self, tokens, cu_seqlens, scored, *, temperature=1.0, entropy=False):
         """Log-probabilities of the tokens at places `scored` [N] of the packed input,
@@ -344,30 +388,15 @@ class Transformer(nn.Module):
         return linear_logp(hidden[scored - 1], self.head, tokens[scored],
                            temperature=temperature, entropy=entropy)
 
-    # ---- with a KV cache, for the sampler
+    # ---- with a cache, for the sampler
 
     @torch.no_grad()
     def prefill(self, tokens, cu_seqlens, cache, prompt, slot):
-        """Run P packed prompts and write the keys and values of prompt[n] into slot[n] of the
-        cache, n < N.
-
-        Several slots may share a prompt, which is then computed once. Returns the hidden state of
-        each prompt's last token, [P, H].
+        """Run P packed prompts and write what they leave behind, prompt[n] into slot[n] of the
+        cache, n < N. Returns the hidden state of each prompt's last token, [P, H].
         """
-        packing = self._packing(tokens, cu_seqlens)
-        lengths = cu_seqlens.diff()[prompt]  # [N]
-        place = torch.arange(int(lengths.sum()), device=tokens.device)
-        n = torch.arange(len(prompt), device=tokens.device).repeat_interleave(lengths)
-        position = place - (lengths.cumsum(0) - lengths)[n]
-        source = cu_seqlens[prompt][n] + position  # token of the packed prompts to copy from
-
-        def attend(layer, q, k, v):
-            cache.k[layer][slot[n], :, position] = k[source]
-            cache.v[layer][slot[n], :, position] = v[source]
-            return attention(q, k, v, packing)
-
-        hidden = self._run(tokens.long(), packing.positions, attend)
-        return hidden[cu_seqlens[1:] - 1]
+        mix = Prefill(*self._check(tokens, cu_seqlens), prompt, slot)
+        return self._run(tokens.long(), mix, cache)[cu_seqlens[1:] - 1]
 
     @torch.no_grad()
     def decode(self, tokens, lengths, cache, longest):
@@ -377,40 +406,7 @@ class Transformer(nn.Module):
         `longest` is max(lengths) + 1, known on the host, so that only that much of the cache
         is read.
         """
-        S, slot = len(tokens), torch.arange(len(tokens), device=tokens.device)
-        unseen = torch.arange(longest, device=tokens.device) > lengths[:, None]  # [S, longest]
-        bias = torch.zeros(unseen.shape, dtype=cache.k[0].dtype, device=tokens.device)
-        bias.masked_fill_(unseen, float("-inf"))
-
-        def attend(layer, q, k, v):
-            cache.k[layer][slot, :, lengths], cache.v[layer][slot, :, lengths] = k, v
-            keys, values = (cache.k[layer][:S, :, :longest],
-                            cache.v[layer][:S, :, :longest])  # [S, K, longest, D]
-            # [S, K, A/K, D]: a head's queries are rows of one product
-            grouped = q.unflatten(1, (keys.shape[1], -1))
-            o = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias[:, None, None])
-            return o.flatten(1, 2)
-
-        return self._run(tokens, lengths, attend)
-
-
-class Cache:
-    """Keys and values of S slots, [layers] x [S, K, max_len, D];
-    a slot holds one growing sequence.
-    """
-
-    def __init__(self, model, slots, max_len):
-        c, like = model.config, model.model.embed_tokens.weight
-        shape = (slots, c.kv_heads, max_len, c.head_dim)
-        self.k = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(c.layers)]
-        self.v = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(c.layers)]
-
-    def move(self, source, target, length):
-        """Copy the first `length` positions of slots `source` to slots `target`
-        (lists of equal length).
-        """
-        for x in (*self.k, *self.v):
-            x[target, :, :length] = x[source, :, :length]
+        return self._run(tokens, Decode(lengths, longest), cache)
 
 
 @lru_cache(maxsize=8)
@@ -418,109 +414,157 @@ def _frequencies(config, device):
     return rope_frequencies(config).to(device)
 
 
-# causal, said in the words of this torch's varlen_attn
-CAUSAL = {}
-if varlen_attn is not None:
-    import inspect
-    CAUSAL = ({"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters
-              else {"window_size": (-1, 0)})
-
-
 # ---------------------------------------------------------------- checkpoint folders
 
+CARRIED = re.compile(r"(model\.)?(visual|mtp)\.")  # not run here: copied from source to checkpoint
+FLOAT32 = re.compile(r"\.decay\.")  # never rounded, see Decay
 
-def load(path, *, dtype=torch.bfloat16, device="cpu"):
-    """A Hugging Face checkpoint folder -> Transformer, weights cast to dtype on device.
+
+def own_name(stored):
+    """A checkpoint's tensor name -> the name of the parameter it fills.
+
+    Qwen3.5 is stored as model.language_model.*, or after some tools as model.*.
+    """
+    name = re.sub(r"^model\.language_model\.", "model.", stored)
+    return re.sub(r"\.linear_attn\.(A_log|dt_bias)$", r".linear_attn.decay.\1", name)
+
+
+def load(path, *, dtype=torch.bfloat16, device="cpu", shard=None):
+    """A checkpoint folder or repository id -> Transformer, weights cast to dtype on device.
 
     Reads config.json and model.safetensors or the shards that model.safetensors.index.json names.
-    ValueError on an unknown architecture or rope type, and on missing, unexpected, misshapen or
-    non-finite tensors.
+    Names and shapes are checked first; then the files are mapped into memory and read tensor by
+    tensor. `shard(model)` may split the still empty model over ranks (FSDP2): then a rank reads its
+    own rows of each tensor and nothing else. ValueError on an unknown architecture or rope type,
+    and on missing, unexpected, misshapen or non-finite tensors.
     """
+    path = hf.folder(path)
     config = read_config(path)
     with torch.device("meta"):
-        model = Transformer(config)
-    want = dict(model.named_parameters())
-    state, unexpected = {}, []
-    for file in weight_files(path):
-        with _open(file) as tensors:
-            for name in tensors.keys():
-                if name not in want:
-                    unexpected.append(name)
-                    continue
-                tensor = tensors.get_tensor(name)
-                if tensor.shape != want[name].shape:
-                    raise ValueError(f"{file}: tensor {name} has shape {list(tensor.shape)}, "
-                                     f"config.json asks for {list(want[name].shape)}")
-                state[name] = tensor.to(device=device, dtype=dtype)
-                if not torch.isfinite(state[name]).all():
-                    raise ValueError(f"{file}: tensor {name} holds values that are not finite")
-    if missing := [name for name in want if name not in state]:
-        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first {missing[0]}")
-    # a tied checkpoint may still carry its head; old ones carry rope buffers:
-    # neither is a weight of its own
-    unexpected = [n for n in unexpected
-                  if not (n == "lm_head.weight" and config.tied) and not n.endswith("inv_freq")]
-    if unexpected:
-        raise ValueError(f"{path}: {len(unexpected)} tensors have no place in {config}, "
-                         f"the first {unexpected[0]}")
-    for name, tensor in state.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
-    model.source = Path(path)
+        model = Transformer(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if FLOAT32.search(name):
+            parameter.data = parameter.data.float()
+    sources = _sources(path, dict(model.named_parameters()), config)
+    if shard is not None:
+        shard(model)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for file, names in sources.items():
+        with hf.tensors(file) as tensors, torch.no_grad():
+            for stored in names:
+                target, rows = own_rows(parameters[own_name(stored)])
+                tensor = tensors.get_slice(stored)[rows]
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{file}: tensor {stored} holds values that are not finite")
+                target.copy_(tensor)
+    model.source = path
     return model
 
 
-def save(model, path, state=None):
-    """Write `model` as a Hugging Face folder: its tensors under their names, config.json,
-    tokenizer files carried along.
+def own_rows(parameter):
+    """This rank's part of a parameter: (the tensor that holds it, which rows of the whole)."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(0, len(parameter))
+    mesh = parameter.device_mesh
+    part, parts = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    size = -(-len(parameter) // parts)  # FSDP2 splits rows like torch.chunk
+    local = parameter.to_local()
+    low = min(part * size, len(parameter))
+    return local, slice(low, low + len(local))
 
-    `state` {name: full tensor} stands in for the model's own (when they are sharded). Tensors keep
-    the dtype they have. The folder appears whole or not at all: it is written aside, then renamed.
+
+def _sources(path, want, config):
+    """{file: [stored name, ...]} of the tensors that fill the parameters `want` {name: Parameter}.
     """
-    from huggingface_hub import save_torch_state_dict
+    sources, unexpected, found = {}, [], set()
+    for file in hf.weight_files(path):
+        with hf.tensors(file) as tensors:
+            for stored in tensors.keys():
+                name = own_name(stored)
+                if name in want:
+                    shape = tensors.get_slice(stored).get_shape()
+                    if shape != list(want[name].shape):
+                        raise ValueError(f"{file}: tensor {stored} has shape {shape}, "
+                                         f"config.json asks for {list(want[name].shape)}")
+                    sources.setdefault(file, []).append(stored)
+                    found.add(name)
+                elif not _spare(stored, config):
+                    unexpected.append(stored)
+    if missing := [name for name in want if name not in found]:
+        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first {missing[0]}")
+    if unexpected:
+        raise ValueError(f"{path}: {len(unexpected)} tensors have no place in {config}, "
+                         f"the first {unexpected[0]}")
+    return sources
 
-    path = Path(path)
-    state = dict(model.named_parameters()) if state is None else state
-    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+def _spare(stored, config):
+    """Whether a stored tensor is no weight of its own: a tied checkpoint may still carry its head,
+    old ones rope buffers; or a part of the model that is not run here.
+    """
+    return (stored == "lm_head.weight" and config.tied or stored.endswith("inv_freq")
+            or bool(CARRIED.match(stored)))
+
+
+def save(model, path):
+    """Write `model` as a Hugging Face folder, laid out as the one it came from: the same files,
+    tensor names and dtypes, what is not run here (vision) and the tokenizer carried along.
+
+    Of a sharded model every rank calls this; tensors are gathered one by one and rank 0 writes,
+    holding one file's worth at a time. The folder appears whole or not at all: it is written aside,
+    then renamed.
+    """
+    path, parameters = Path(path), dict(model.named_parameters())
+    writes = (not any(isinstance(p, DTensor) for p in parameters.values())
+              or dist.get_rank() == 0)
     aside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_torch_state_dict(state, aside, max_shard_size="5GB")
-    for file in model.source.iterdir():
-        if (file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model")
-                and ".safetensors." not in file.name):
-            shutil.copyfile(file, aside / file.name)
-    config = json.loads((aside / "config.json").read_text())
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(aside, path)
+    if writes:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for file in model.source.iterdir():
+            if (file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model")
+                    and ".safetensors." not in file.name):
+                shutil.copyfile(file, aside / file.name)
+    place, size = {}, 0
+    for file, names in _layout(model, parameters).items():
+        tensors = {}
+        for stored, dtype in names.items():
+            if own_name(stored) in parameters:
+                tensor = parameters[own_name(stored)].detach().to(dtype)
+                if isinstance(tensor, DTensor):
+                    tensor = tensor.full_tensor()  # a collective: all ranks walk the same way
+            elif writes:
+                with hf.tensors(model.source / file) as source:
+                    tensor = source.get_tensor(stored)
+            if writes:
+                tensors[stored] = tensor.cpu().contiguous()
+        if writes:
+            save_file(tensors, aside / file, metadata={"format": "pt"})
+            place |= dict.fromkeys(tensors, file)
+            size += sum(t.nbytes for t in tensors.values())
+    if writes:
+        if len(set(place.values())) > 1:
+            (aside / "model.safetensors.index.json").write_text(json.dumps(
+                {"metadata": {"total_size": size}, "weight_map": place}, indent=2) + "\n")
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(aside, path)
 
 
-def weight_files(path):
-    """The safetensors files of a checkpoint folder, in order. ValueError where one is missing."""
-    path = Path(path)
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [path / Path(name).name for name in names]  # never out of this folder
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index}: not an index of weight files ({error!r})") from None
-    else:
-        files = [path / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{path}: {file.name} is missing")
-    return files
-
-
-def stored_dtype(path):
-    """The dtype that a checkpoint folder's weights are stored in."""
-    with _open(weight_files(path)[0]) as tensors:
-        name = next(iter(tensors.keys()))
-        return tensors.get_slice(name)[:0].dtype
+def _layout(model, parameters):
+    """{file name: {stored name: dtype}} of the folder a model came from; of a model that came
+    from no weights, one file.
+    """
+    if not list(model.source.glob("*.safetensors")):
+        return {"model.safetensors": {name: p.dtype for name, p in parameters.items()}}
+    layout = {}
+    for file in hf.weight_files(model.source):
+        with hf.tensors(file) as tensors:
+            kept = {stored: tensors.get_slice(stored)[:0].dtype for stored in tensors.keys()
+                    if own_name(stored) in parameters or CARRIED.match(stored)}
+        if kept:
+            layout[file.name] = kept
+    return layout
 
 
 def checkpoints(run):
@@ -531,95 +575,18 @@ def checkpoints(run):
 
 
 def fingerprint(path):
-    """Sixteen hex digits of what a checkpoint folder computes: its shape and its weights,
+    """Sixteen hex digits of what a checkpoint computes: its shape and its weights,
     however they are sharded.
     """
-    digest = hashlib.sha256(json.dumps(vars(read_config(path)), sort_keys=True).encode())
+    path = hf.folder(path)
+    digest = hashlib.sha256(json.dumps(asdict(read_config(path)), sort_keys=True).encode())
     place = {}
-    for file in weight_files(path):
-        with _open(file) as tensors:
+    for file in hf.weight_files(path):
+        with hf.tensors(file) as tensors:
             place |= dict.fromkeys(tensors.keys(), file)
     for name in sorted(place):
-        with _open(place[name]) as tensors:
+        with hf.tensors(place[name]) as tensors:
             tensor = tensors.get_tensor(name)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _open(file):
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
-
-
-# ---------------------------------------------------------------- text in, text out
-
-
-class Tokenizer:
-    """tokenizer.json, chat template and stop tokens of a checkpoint folder.
-
-    `stop` are the end-of-sequence ids of generation_config.json (else config.json);
-    `template` is None for a base model without a chat template, whose prompts are plain text.
-    """
-
-    def __init__(self, path):
-        from tokenizers import Tokenizer as Backend
-
-        path = Path(path)
-        try:
-            self.backend = Backend.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path}/tokenizer.json: cannot be read: {error}") from None
-        self.settings = self._json(path / "tokenizer_config.json")
-        template = path / "chat_template.jinja"
-        self.template = (template.read_text() if template.is_file()
-                         else self.settings.get("chat_template"))
-        if isinstance(self.template, list):  # several named templates: the one called default
-            self.template = next(
-                (t["template"] for t in self.template if t["name"] == "default"), None)
-        eos = self._json(path / "generation_config.json").get("eos_token_id")
-        eos = self._json(path / "config.json").get("eos_token_id") if eos is None else eos
-        self.stop = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-
-    @staticmethod
-    def _json(file):
-        return json.loads(file.read_text()) if file.is_file() else {}
-
-    def encode(self, text):
-        """Text -> list of ids, nothing added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids, *, special=False):
-        """Ids -> text; special tokens left out unless asked for."""
-        return self.backend.decode(list(ids), skip_special_tokens=not special)
-
-    def render(self, messages, **variables):
-        """A conversation -> the prompt's text,
-        by the chat template in jinja2's immutable sandbox.
-        """
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        if self.template is None:
-            return "".join(str(message.get("content", "")) for message in messages)
-
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        environment.globals["raise_exception"] = raise_exception
-        specials = {key: value["content"] if isinstance(value, dict) else value
-                    for key, value in self.settings.items()
-                    if key.endswith("_token") and value is not None}
-        try:
-            return environment.from_string(self.template).render({
-                "messages": messages, "tools": None, "documents": None,
-                "add_generation_prompt": True, **specials, **variables})
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refused the conversation: {error}") from None

@@ -326,17 +326,26 @@ def start(replicas=0):
 
 
 def policy(path, ranks, *, recompute=False):
-    """Load a checkpoint in float32 and shard it block by block with FSDP2;
-    computes in bfloat16 on a GPU.
+    """A checkpoint in float32, sharded block by block with FSDP2; computes in bfloat16 on a GPU.
+
+    A rank reads its own share of the weights and never holds more of them.
     """
-    model = models.load(path, dtype=torch.float32)
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else None
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                     cast_forward_inputs=False)
-    for block in model.model.layers:
-        block.recompute = recompute
-        fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
-    fully_shard(model, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=False)
+
+    def shard(module, dtype=dtype, **options):
+        fully_shard(module, mesh=ranks.mesh, mp_policy=MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False), **options)
+
+    def shard_all(model):
+        for block in model.model.layers:
+            block.recompute = recompute
+            for module in block.modules():
+                if isinstance(module, models.Decay):
+                    shard(module, dtype=None)  # stays float32
+            shard(block)
+        shard(model, reshard_after_forward=False)
+
+    model = models.load(path, dtype=torch.float32, device=ranks.device, shard=shard_all)
     register_fsdp_forward_method(model, "logp")
     return model
 
@@ -514,17 +523,11 @@ class Run:
             f"{k} {v:.3g}" for k, v in clean.items()
             if v is not None and (show is None or k in show)), flush=True)
 
-    def checkpoint(self, step, model, optimizer, dtype):
+    def checkpoint(self, step, model, optimizer):
         """The policy as a Hugging Face folder step_XXXXXX, then the resume state;
         older states are dropped.
         """
-        tensors = {}
-        for name, parameter in model.named_parameters():
-            full = parameter.detach().full_tensor()  # a collective: all ranks walk the same way
-            if self.ranks.rank == 0:
-                tensors[name] = full.to("cpu", dtype)
-        if self.ranks.rank == 0:
-            models.save(model, self.folder / f"step_{step:06d}", tensors)
+        models.save(model, self.folder / f"step_{step:06d}")
         self._save_state(step, model, optimizer)
 
     def _save_state(self, step, model, optimizer):
@@ -571,10 +574,8 @@ class Run:
         def fill(kind, name, target):
             rows = torch.cat([f.get_tensor(f"{kind}.{name}")
                               for f in (files[part:part + 1] if same else files)])
-            if not same:
-                size = -(-len(rows) // parts)  # FSDP2 shards like torch.chunk
-                rows = rows[part * size:(part + 1) * size]
-            target.detach().to_local().copy_(rows)
+            local, own = models.own_rows(target.detach())
+            local.copy_(rows if same else rows[own])
 
         for name, parameter in model.named_parameters():
             fill("weight", name, parameter)

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import grade
 import kernels
+import mixing
 import model as models
 import rollouts
 import runtime
@@ -90,7 +91,7 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
     if not queue:
         return
     slots = min(slots, len(queue))
-    cache = models.Cache(model, slots, max(map(len, prompts)) + max_new_tokens)
+    cache = mixing.Cache(model, slots, max(map(len, prompts)) + max_new_tokens)
     live = []  # one dict a slot, slots 0 .. len(live) - 1
 
     while queue or live:
@@ -204,12 +205,10 @@ def default_slots(model, length, available):
     """
     if model.device.type != "cuda":
         return min(512, available)
-    c = model.config
-    # bytes of keys and values
-    token = 2 * c.layers * c.kv_heads * c.head_dim * model.head.element_size()
-    logits = 6 * 8 * c.vocab  # temporaries of drawing a token, per slot
+    each = mixing.Cache.bytes_per_slot(model.config, length, model.head.dtype)
+    each += 6 * 8 * model.config.vocab  # temporaries of drawing a token
     torch.cuda.empty_cache()  # what torch keeps for reuse is free, too
-    fit = int(0.9 * torch.cuda.mem_get_info(model.device)[0] / (token * length + logits))
+    fit = int(0.9 * torch.cuda.mem_get_info(model.device)[0] / each)
     if fit < 1:
         raise ValueError(f"not even one sequence of {length} tokens fits this GPU's memory; "
                          "lower max_new_tokens")

@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 
 import losses
-import model as models
 import rollouts
 import runtime
 from runtime import key, section
@@ -162,7 +161,6 @@ def main():
     ranks.print(f"steps {run.first + 1} to {cfg.steps} of {cfg.train.prompts_per_step} "
                 f"prompts on {ranks.world} rank(s); an epoch of {prompts} prompts is "
                 f"{prompts / cfg.train.prompts_per_step:.1f} steps")
-    dtype = models.stored_dtype(cfg.policy)
 
     for step in range(run.first, cfg.steps):
         began = time.perf_counter()
@@ -215,7 +213,7 @@ def main():
             "memory_gib": runtime.memory_gib(ranks)}, runtime.SHOWN)
         if ((step + 1) % cfg.train.checkpoint_every == 0
                 or step + 1 in (*cfg.train.checkpoint_at, cfg.steps)):
-            run.checkpoint(step + 1, model, optimizer, dtype)
+            run.checkpoint(step + 1, model, optimizer)
     run.finish(steps=cfg.steps)
 
 

@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 
 import losses
-import model as models
 import rollouts
 import runtime
 from runtime import key, section
@@ -150,7 +149,6 @@ def main():
     ranks.print(f"steps {run.first + 1} to {last} of {cfg.train.prompts_per_step} prompts "
                 f"on {ranks.world} rank(s); an epoch of {prompts} prompts is "
                 f"{prompts / cfg.train.prompts_per_step:.1f} steps")
-    dtype = models.stored_dtype(old)
     advantage, current = torch.zeros(len(batch.tokens)), None  # A_t at its place in the batch
 
     for step in range(run.first, last):
@@ -220,7 +218,7 @@ def main():
             "memory_gib": runtime.memory_gib(ranks)}, runtime.SHOWN)
         if ((step + 1) % cfg.train.checkpoint_every == 0
                 or step + 1 in (*cfg.train.checkpoint_at, last)):
-            run.checkpoint(step + 1, model, optimizer, dtype)
+            run.checkpoint(step + 1, model, optimizer)
     run.finish(steps=last)
 
 

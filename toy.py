@@ -299,7 +299,7 @@ def main():
                                "seconds": time.perf_counter() - began})
             began, nats, tokens_seen = time.perf_counter(), 0.0, 0
         if (step + 1) % cfg.train.checkpoint_every == 0 or step + 1 == cfg.train.steps:
-            run.checkpoint(step + 1, model, optimizer, torch.float32)
+            run.checkpoint(step + 1, model, optimizer)
     if ranks.rank == 0:
         final = folder / "sft" / f"step_{cfg.train.steps:06d}"
         aside = folder / "policy.tmp"

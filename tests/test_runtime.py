@@ -165,7 +165,8 @@ def test_files_are_whole_or_absent(tmp_path):
 
 def test_lower_floors_do_not_import_higher_ones():
     floors = [
-        ("kernels", "losses", "grade"),
+        ("kernels", "losses", "grade", "deltanet", "hf"),
+        ("mixing",),
         ("model",),
         ("rollouts", "runtime"),
         ("sample", "stage1", "stage2"),

@@ -218,7 +218,7 @@ def test_wrong_inputs_stop_with_one_message(run, tmp_path, policy, batch, teache
         (arguments(batch, tmp_path / "x", "none", "none"), "cannot both be 'none'"),
         (arguments(batch, tmp_path / "x", "evolving", "old"), "can only be the denominator"),
         ([f"batch={batch}", f"output={tmp_path}/x"], "at least one"),
-        (arguments(batch, tmp_path / "x", tmp_path / "nowhere"), "no config.json"),
+        (arguments(batch, tmp_path / "x", tmp_path / "nowhere"), "there is no such folder"),
         (
             arguments(batch, tmp_path / "x", teacher, "old", 3, f"policy={teacher}"),
             "is not the policy that sampled",

@@ -1,0 +1,193 @@
+"""hf.py - a checkpoint as Hugging Face publishes it: where it is, its tensors, its tokenizer and
+chat template.
+
+    config.json                        the shape (model.py reads it)
+    model.safetensors, or shards of it and model.safetensors.index.json
+    tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
+
+A checkpoint is named by its folder or by a repository id ("org/name", "org/name@revision"). A
+repository is fetched once into the hub's own cache, with a progress bar, and used as it is from
+then on. Nothing that is fetched is ever run: no pickle, no remote code, templates in a sandbox.
+
+    path = folder("Qwen/Qwen3-4B-Thinking-2507")
+    text = Tokenizer(path).render([{"role": "user", "content": "1 + 1 = ?"}])
+"""
+
+import json
+import re
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+# what a checkpoint consists of; other formats of the same weights are left where they are
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+
+
+def folder(name):
+    """A folder, or a repository id -> the folder, fetched if need be.
+
+    ValueError where there is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    repository = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", str(name))
+    if repository is None or path.parent.is_dir():  # runs/missing is a mistake, not a repository
+        raise ValueError(f"{name}: there is no such folder "
+                         "(a checkpoint has config.json and *.safetensors)")
+    from huggingface_hub import snapshot_download
+
+    repo, revision = repository.groups()
+    try:
+        there = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        if weight_files(there) and (there / "config.json").is_file():
+            return there
+    except (ValueError, OSError):
+        pass  # not there yet, or only in part
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=FILES,
+                                      ignore_patterns="*/*"))
+    except Exception as error:  # the hub's client and its transport raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: there is no such folder here, and as a repository of the "
+                         f"Hugging Face Hub it could not be fetched: {reason}") from None
+
+
+def read_json(file):
+    """A JSON object, {} where there is no such file. ValueError where it is not one."""
+    if not Path(file).is_file():
+        return {}
+    try:
+        data = json.loads(Path(file).read_text())
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: must hold an object, not {type(data).__name__}")
+    return data
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def weight_files(path):
+    """The safetensors files of a checkpoint folder, in order. ValueError where one is missing."""
+    path = Path(path)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [path / Path(name).name for name in names]  # never out of this folder
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: not an index of weight files ({error!r})") from None
+    else:
+        files = [path / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{path}: {file.name} is missing")
+    return files
+
+
+@contextmanager
+def tensors(file):
+    """A safetensors file, mapped into memory: only what is read of it is loaded."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
+
+
+# ---------------------------------------------------------------- text in, text out
+
+
+class Tokenizer:
+    """tokenizer.json, chat template and stop tokens of a checkpoint.
+
+    `stop` are the end-of-sequence ids of generation_config.json (else config.json's);
+    `template` is None for a base model without a chat template, whose prompts are plain text.
+    """
+
+    def __init__(self, path):
+        from tokenizers import Tokenizer as Backend
+
+        path = folder(path)
+        try:
+            self.backend = Backend.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}/tokenizer.json: cannot be read: {error}") from None
+        self.settings = read_json(path / "tokenizer_config.json")
+        file = path / "chat_template.jinja"
+        template = (file.read_text() if file.is_file() else self.settings.get("chat_template")
+                    or read_json(path / "chat_template.json").get("chat_template"))
+        if isinstance(template, list):  # several named templates: the one called default
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        self.template = template
+        specials = read_json(path / "special_tokens_map.json") | self.settings
+        self.specials = {name: value["content"] if isinstance(value, dict) else value
+                         for name, value in specials.items()
+                         if name.endswith("_token") and isinstance(value, str | dict)}
+        config = read_json(path / "config.json")
+        eos = next((c["eos_token_id"] for c in (read_json(path / "generation_config.json"), config,
+                                                config.get("text_config") or {})
+                    if c.get("eos_token_id") is not None), [])
+        self.stop = tuple(eos) if isinstance(eos, list) else (eos,)
+
+    def encode(self, text, *, special=False):
+        """Text -> list of ids; nothing added, unless `special` asks for what the tokenizer puts
+        around a text of its own accord (a beginning-of-text token, say).
+        """
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids, *, special=False):
+        """Ids -> text; special tokens left out unless asked for."""
+        return self.backend.decode(list(ids), skip_special_tokens=not special)
+
+    def render(self, messages, **variables):
+        """A conversation [{"role", "content"}, ...] -> the prompt's text, up to where the answer
+        begins, by the chat template in jinja2's immutable sandbox.
+
+        `variables` are the template's own switches (enable_thinking=False). Without a template the
+        contents follow one another. ValueError with the template's own message where it refuses.
+        """
+        from jinja2 import TemplateError
+
+        if self.template is None:
+            return "".join(str(message.get("content", "")) for message in messages)
+        try:
+            return _environment().from_string(self.template).render({
+                "messages": messages, "tools": None, "documents": None,
+                "add_generation_prompt": True, **self.specials, **variables})
+        except (TemplateError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
+            raise ValueError(f"the chat template refused the conversation: {error}") from None
+
+
+def _environment():
+    """What chat templates are written for: jinja2 with a few filters and functions more."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} marks the assistant's words: text as any other.
+        """
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    # jinja2's own tojson escapes HTML
+    environment.filters["tojson"] = lambda x, ensure_ascii=False, **options: json.dumps(
+        x, ensure_ascii=ensure_ascii, **options)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

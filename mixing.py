@@ -1,0 +1,222 @@
+"""mixing.py - how tokens of a sequence reach each other: attention, convolution and the gated delta
+rule, in training, in prefill and in decoding.
+
+A layer computes queries, keys and values (model.py); what it does with them depends on where the
+earlier tokens are. Three classes with the same three methods answer that:
+
+    Packed    B whole sequences laid end to end             training, scoring
+    Prefill   the same, and what they leave behind goes
+              into slots of the cache                       the prompts of the sampler
+    Decode    one new token for each slot                   every further token
+
+    attend(q, k, v, memory)            causal softmax attention
+    convolve(x, weight, memory)        causal convolution over the last few tokens, per channel
+    recall(q, k, v, g, beta, memory)   the gated delta rule (deltanet.py)
+
+`memory` is a layer's part of the Cache. Nothing crosses a boundary between sequences: attention is
+cut there, convolutions see zeros, delta-rule states start at zero. Shapes: T tokens, B sequences,
+A query heads, K key/value heads, D head width; C channels; V heads of dk by dv (deltanet.py);
+S slots.
+"""
+
+import inspect
+import math
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from deltanet import Chunks, gated_delta_rule, gated_delta_step
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+# causal, said in the words of this torch's varlen_attn
+CAUSAL = {}
+if varlen_attn is not None:
+    CAUSAL = ({"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters
+              else {"window_size": (-1, 0)})
+
+
+class Packed:
+    """A forward pass over B packed sequences, with what is computed once and shared by all layers.
+
+    `positions` [T] restart at each sequence. Where no variable-length kernel serves (CPU, float32),
+    attention runs on right-padded copies, in groups of sequences of similar length: `pad` [P] is
+    the token in each padded place, `unpad` [T] the place of each token, `groups` the
+    [count, length] of each group. Causality makes a mask unnecessary: no token ever sees the
+    padding to its right.
+    """
+
+    def __init__(self, cu_seqlens, T, half):
+        lengths = cu_seqlens.diff()
+        starts = cu_seqlens[:-1]
+        self.cu_seqlens = cu_seqlens
+        self.segment = torch.arange(len(lengths), device=lengths.device).repeat_interleave(
+            lengths, output_size=T)
+        self.positions = torch.arange(T, device=cu_seqlens.device) - starts[self.segment]
+        sizes = lengths.tolist()
+        self.longest = max(sizes, default=0)
+        if half and varlen_attn is not None:
+            return
+        by_size = {}  # lengths within a factor of two share a group
+        for b, size in enumerate(sizes):
+            by_size.setdefault(max(size - 1, 0).bit_length(), []).append(b)
+        pads, slots, self.groups, offset = (
+            [], torch.empty(T, dtype=torch.long, device=cu_seqlens.device), [], 0)
+        for members in by_size.values():
+            length = max(sizes[b] for b in members)
+            column = torch.arange(length, device=cu_seqlens.device)
+            member = torch.tensor(members, device=cu_seqlens.device)
+            # the token in each padded place, [count, length]
+            last = (lengths[member, None] - 1).clamp(min=0)
+            token = starts[member, None] + torch.minimum(column, last)
+            valid = (column < lengths[member, None]).flatten()
+            slots[token.flatten()[valid]] = offset + valid.nonzero()[:, 0]
+            pads.append(token.flatten())
+            self.groups.append((len(members), length))
+            offset += len(members) * length
+        self.pad, self.unpad = torch.cat(pads), slots
+
+
+    @cached_property
+    def chunks(self):
+        return Chunks(self.cu_seqlens, len(self.positions))
+
+    def attend(self, q, k, v, memory=None):
+        """Causal attention: q [T, A, D], k and v [T, K, D] -> [T, A, D]."""
+        return attention(q, k, v, self)
+
+    def convolve(self, x, weight, memory=None):
+        """Causal convolution of each channel: x [T, C], weight [C, 1, taps] -> [T, C]."""
+        gap = weight.shape[-1] - 1  # rows of zeros before each sequence: its history
+        place = torch.arange(len(x), device=x.device) + gap * self.segment
+        history = x.new_zeros(len(x) + gap * (len(self.cu_seqlens) - 1), x.shape[1])
+        history = history.index_copy(0, place + gap, x)
+        return F.conv1d(history.T[None], weight, groups=len(weight))[0].T.index_select(0, place)
+
+    def recall(self, q, k, v, g, beta, memory=None):
+        """The gated delta rule: q, k [T, V, dk], v [T, V, dv], g, beta [T, V] -> [T, V, dv]."""
+        return gated_delta_rule(q, k, v, g, beta, self.chunks)[0]
+
+
+class Prefill(Packed):
+    """P packed prompts; what prompt[n] leaves behind is written into slot[n] of the cache, n < N.
+
+    Several slots may share a prompt, which is then computed once.
+    """
+
+    def __init__(self, cu_seqlens, T, half, prompt, slot):
+        super().__init__(cu_seqlens, T, half)
+        lengths = cu_seqlens.diff()[prompt]  # [N]
+        place = torch.arange(int(lengths.sum()), device=cu_seqlens.device)
+        n = torch.arange(len(prompt), device=place.device).repeat_interleave(lengths)
+        self.prompt, self.slot, self.row = prompt, slot, slot[n]
+        self.position = place - (lengths.cumsum(0) - lengths)[n]
+        self.source = cu_seqlens[prompt][n] + self.position  # token of the prompts to copy from
+
+    def attend(self, q, k, v, memory):
+        keys, values = memory  # [S, K, max_len, D]
+        keys[self.row, :, self.position] = k[self.source]
+        values[self.row, :, self.position] = v[self.source]
+        return super().attend(q, k, v)
+
+    def convolve(self, x, weight, memory):
+        history, _ = memory  # [S, taps - 1, C]
+        last = self.cu_seqlens[1:, None] + torch.arange(-history.shape[1], 0, device=x.device)
+        there = (last >= self.cu_seqlens[:-1, None])[..., None]  # a short prompt: zeros before it
+        history[self.slot] = torch.where(there, x[last.clamp(min=0)], 0)[self.prompt]
+        return super().convolve(x, weight)
+
+    def recall(self, q, k, v, g, beta, memory):
+        o, final = gated_delta_rule(q, k, v, g, beta, self.chunks)
+        memory[1][self.slot] = final[self.prompt]
+        return o
+
+
+class Decode:
+    """One token for each of the first S slots, `lengths` [S] of whose tokens are cached already."""
+
+    def __init__(self, lengths, longest):
+        self.positions, self.longest = lengths, longest  # [S]; max(lengths) + 1, on the host
+        self.slot = torch.arange(len(lengths), device=lengths.device)
+        # [S, longest]: what a sequence does not have yet
+        self.unseen = torch.arange(longest, device=lengths.device) > lengths[:, None]
+
+    def attend(self, q, k, v, memory):
+        for cached, new in zip(memory, (k, v), strict=True):
+            cached[self.slot, :, self.positions] = new
+        # [S, K, longest, D]: only that much of the cache is read
+        keys, values = (cached[:len(q), :, :self.longest] for cached in memory)
+        grouped = q.unflatten(1, (keys.shape[1], -1))  # a key head's queries: rows of one product
+        bias = q.new_zeros(self.unseen.shape).masked_fill_(self.unseen, float("-inf"))
+        o = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias[:, None, None])
+        return o.flatten(1, 2)
+
+    def convolve(self, x, weight, memory):
+        history = memory[0][:len(x)]  # [S, taps - 1, C]
+        window = torch.cat((history, x[:, None]), 1)
+        history.copy_(window[:, 1:])
+        return (window * weight[:, 0].T).sum(1)
+
+    def recall(self, q, k, v, g, beta, memory):
+        return gated_delta_step(q, k, v, g, beta, memory[1][:len(q)])
+
+
+def attention(q, k, v, packed):
+    """Causal attention within each packed sequence: q [T, A, D], k and v [T, K, D] -> [T, A, D]."""
+    if not hasattr(packed, "groups"):
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [T, A, D]
+        bounds = packed.cu_seqlens.int()
+        return varlen_attn(q, k, v, bounds, bounds, packed.longest, packed.longest, **CAUSAL)
+    pieces, offset = [], 0
+    q, k, v = (x.index_select(0, packed.pad) for x in (q, k, v))  # [P, heads, D]
+    for count, length in packed.groups:
+        rows = slice(offset, offset := offset + count * length)
+        parts = (x[rows].view(count, length, *x.shape[1:]).transpose(1, 2)
+                 for x in (q, k, v))  # [count, heads, length, D]
+        o = F.scaled_dot_product_attention(*parts, is_causal=True,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        pieces.append(o.transpose(1, 2).flatten(0, 1))  # [count * length, A, D]
+    return torch.cat(pieces).index_select(0, packed.unpad)
+
+
+class Cache:
+    """What S slots remember, a slot holding one growing sequence. `layers` has a pair a layer:
+    keys and values [S, K, max_len, D], or for DeltaNet the last inputs of the convolution
+    [S, taps - 1, C] and the state [S, V, dk, dv], which do not grow.
+    """
+
+    def __init__(self, model, slots, max_len):
+        like = model.model.embed_tokens.weight
+        self.linear = model.config.linear
+        self.layers = [
+            tuple(torch.zeros(slots, *shape, dtype=dtype or like.dtype, device=like.device)
+                  for shape, dtype in pair) for pair in self._shapes(model.config, max_len)]
+
+    @staticmethod
+    def _shapes(c, max_len):
+        kv, d = (c.kv_heads, max_len, c.head_dim), c.delta
+        for linear in c.linear:
+            yield ([((d.taps - 1, d.channels), None),
+                    ((d.v_heads, d.k_dim, d.v_dim), torch.float32)] if linear
+                   else [(kv, None), (kv, None)])
+
+    @staticmethod
+    def bytes_per_slot(config, max_len, dtype):
+        return sum(math.prod(shape) * (kind or dtype).itemsize
+                   for pair in Cache._shapes(config, max_len) for shape, kind in pair)
+
+    def move(self, source, target, length):
+        """Copy the first `length` positions of slots `source` to slots `target`
+        (lists of equal length).
+        """
+        for pair, linear in zip(self.layers, self.linear, strict=True):
+            for x in pair:
+                if linear:
+                    x[target] = x[source]
+                else:
+                    x[target, :, :length] = x[source, :, :length]
