@@ -34,7 +34,7 @@ except ImportError:  # no Triton on this platform: the plain torch form serves
     triton = None
 
 CHUNK = 64
-TOKEN_HEADS = 1 << 20  # worked on at once, at about 10 KiB each; more heads take turns
+TOKEN_HEADS = 1 << 19  # worked on at once, at about 11 KB each; more heads take turns
 
 
 class Chunks:

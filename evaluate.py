@@ -40,12 +40,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import grade
+import hf
 import kernels
 import model as models
 import rollouts
 import runtime
 import sample
-from runtime import key
+from runtime import key, section
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ class Config:
     limit: int = key(0, "use only the first prompts; 0: all")
     seed: int = key(0, "of every sample")
     max_tokens: int = key(32768, "tokens of a forward pass when KL is scored")
-    template: str = key("{problem}", "text around the problem, inside the chat template")
     problem: str = key("problem", "name of the problem field in the prompts file")
     answer: str = key("answer", "name of the answer field")
     lenient: bool = key(False, "grade unboxed answers too (base models)")
     slots: int = key(0, "sequences decoded at a time; 0: as many as fit")
     plot: bool = key(True, "draw plot.png (needs matplotlib)")
+    chat: runtime.Chat = section(runtime.Chat)
 
     def __post_init__(self):
         if not self.sampling:
@@ -226,7 +227,7 @@ def divergence(model, path, cfg, ranks, sequences):
     """Exact KL to the base and entropy, summed over the response tokens of each prompt's samples:
     {prompt: dict}.
     """
-    same = Path(path).resolve() == Path(cfg.base).resolve()
+    same = hf.folder(path).resolve() == hf.folder(cfg.base).resolve()
     base = model if same else models.load(cfg.base, dtype=model.head.dtype, device=ranks.device)
     cells = {}
     sequences = sorted(sequences, key=lambda s: len(s[1]) + len(s[2]))
@@ -300,11 +301,11 @@ def summarise(cells, cfg, success):
 
 def checkpoints(path):
     """[(step or None, folder)] of a checkpoint or a run folder. ValueError if it is neither."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        step = path.name.removeprefix("step_")
-        return [(int(step) if step.isdigit() else None, path)]
-    found = models.checkpoints(path)
+    folder = hf.folder(path)
+    if (folder / "config.json").is_file():
+        step = folder.name.removeprefix("step_")
+        return [(int(step) if step.isdigit() else None, folder)]
+    found = models.checkpoints(folder)
     if not found:
         raise ValueError(f"{path}: neither a checkpoint (config.json) nor a run folder (step_*)")
     return found
@@ -510,21 +511,20 @@ def main():
     if repeated := {p.name for p in listed
                     if sum(q.name == p.name and q.round == p.round for q in listed) > 1}:
         raise ValueError(f"policy names must differ: {sorted(repeated)[0]!r} stands twice")
-    todo = [(p, step, folder) for p in listed for step, folder in checkpoints(p.path)]
-
     settings = {name: value for name, value in asdict(cfg).items()
                 if name not in ("policy", "output", "select", "plot", "slots")}
+    settings["base"] = runtime.fingerprint(cfg.base, ranks)  # fetched by one rank, if need be
+    todo = [(p, step, folder) for p in listed for step, folder in checkpoints(p.path)]
     settings["prompts"] = hashlib.sha256(json.dumps(
         [(r["id"], r.get("problem"), r.get("messages"), r["answer"]) for r in rows]
     ).encode()).hexdigest()
-    settings["base"] = runtime.fingerprint(cfg.base, ranks)
     plain = untruncated(cfg)
     report_rows, success = [], exact if plain else None
     bar = tqdm(todo, desc="evaluating", unit="policy", disable=ranks.rank != 0)
     for entry, step, folder in bar:
         bar.set_postfix_str(f"{entry.name}@{step}" if step is not None else entry.name)
         tokenizer = models.Tokenizer(folder)
-        prompts = [rollouts.prompt_tokens(tokenizer, row, cfg.template) for row in rows]
+        prompts = [rollouts.prompt_tokens(tokenizer, row, **asdict(cfg.chat)) for row in rows]
         checkpoint = runtime.fingerprint(folder, ranks)
         name = hashlib.sha256(json.dumps(
             [checkpoint, settings], sort_keys=True).encode()).hexdigest()[:24]

@@ -98,13 +98,19 @@ def read_prompts(path, *, problem="problem", answer="answer"):
     return rows
 
 
-def prompt_tokens(tokenizer, row, template="{problem}"):
-    """Token ids of a prompt row: `template` around the problem,
-    then the tokenizer's chat template.
+def prompt_tokens(tokenizer, row, template="{problem}", system="", variables=None, prefix=""):
+    """Token ids of a prompt row: `template` around the problem (or the row's own messages), the
+    system message before it, the tokenizer's chat template with its `variables` around both, then
+    the answer's `prefix`, unless the template ends in it. A tokenizer without chat template gets
+    plain text.
     """
     messages = row.get("messages") or [
         {"role": "user", "content": template.replace("{problem}", str(row["problem"]))}]
-    return tokenizer.encode(tokenizer.render(messages))
+    if system and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    text = tokenizer.render(messages, **(variables or {}))
+    return tokenizer.encode(text if text.endswith(prefix) else text + prefix,
+                            special=tokenizer.template is None)
 
 
 # ---------------------------------------------------------------- the batch
@@ -231,6 +237,15 @@ def pack(batch, indices, max_tokens):
     return [micro_batch(batch, rows) for rows in plan(batch, indices, max_tokens, 1)[0]]
 
 
+def require_fit(batch, indices, max_tokens):
+    """ValueError if a sequence is longer than a micro-batch may be."""
+    row = max(map(int, indices), key=lambda i: int(batch.lengths[i]), default=None)
+    if row is not None and batch.lengths[row] > max_tokens:
+        raise ValueError(f"{batch.folder}: row {row} has {int(batch.lengths[row])} tokens, "
+                         f"more than max_tokens = {max_tokens}; one sequence must fit a micro-batch"
+                         " (raise max_tokens, or sample with a smaller max_new_tokens)")
+
+
 def plan(batch, indices, max_tokens, world):
     """Share rows over ranks and micro-steps: [world][steps] lists of rows, balanced by tokens.
 
@@ -238,13 +253,11 @@ def plan(batch, indices, max_tokens, world):
     the fewest tokens, there into the first micro-batch with room. ValueError for a sequence longer
     than max_tokens.
     """
+    require_fit(batch, indices, max_tokens)
     lengths = batch.lengths.tolist()
     load, steps, room = [0] * world, [[] for _ in range(world)], [[] for _ in range(world)]
     for row in sorted((int(i) for i in indices), key=lambda i: -lengths[i]):
         n = lengths[row]
-        if n > max_tokens:
-            raise ValueError(f"{batch.folder}: row {row} has {n} tokens, "
-                             f"more than max_tokens = {max_tokens}")
         rank = load.index(min(load))
         load[rank] += n
         step = next((s for s, free in enumerate(room[rank]) if free >= n), None)
@@ -372,9 +385,11 @@ def _write(file, columns, metadata):
 # ---------------------------------------------------------------- import rollouts, look at them
 
 
-def import_rollouts(responses, folder, policy, *,
-                    temperature=1.0, template="{problem}", lenient=False):
-    """A JSONL file of responses sampled elsewhere -> a batch folder; returns how many there are."""
+def import_rollouts(responses, folder, policy, *, temperature=1.0, lenient=False, **chat):
+    """A JSONL file of responses sampled elsewhere -> a batch folder; returns how many there are.
+
+    `chat`: as prompt_tokens takes it.
+    """
     import grade
 
     if shard_file(folder, 0).exists():
@@ -389,7 +404,7 @@ def import_rollouts(responses, folder, policy, *,
         elif prompt is None:
             if "problem" not in row and "messages" not in row:
                 raise ValueError(f"{place}: needs one of problem, messages, prompt, prompt_ids")
-            prompt = prompt_tokens(tokenizer, row, template)
+            prompt = prompt_tokens(tokenizer, row, **chat)
         finished = bool(row.get("finished", True))
         response = row.get("response_ids")
         if response is None:
@@ -471,15 +486,20 @@ def main():
     bring.add_argument("--temperature", type=float, required=True,
                        help="temperature they were sampled at; all log-probs are taken at it")
     bring.add_argument("--template", default="{problem}", help="text around the problem")
+    bring.add_argument("--system", default="", help="system message")
+    bring.add_argument("--variables", default={}, type=json.loads, metavar="JSON",
+                       help="switches of the chat template")
+    bring.add_argument("--prefix", default="", help="how every answer begins, part of the prompt")
     bring.add_argument("--lenient", action="store_true", help="grade unboxed answers too")
     args = parser.parse_args()
     try:
         if args.command == "show":
             show(args.batch, args.policy, args.count)
         else:
-            count = import_rollouts(args.responses, args.batch, args.policy,
-                                    temperature=args.temperature, template=args.template,
-                                    lenient=args.lenient)
+            count = import_rollouts(
+                args.responses, args.batch, args.policy, temperature=args.temperature,
+                lenient=args.lenient, template=args.template, system=args.system,
+                variables=args.variables, prefix=args.prefix)
             print(f"{count} rollouts written to {args.batch}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

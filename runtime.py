@@ -154,6 +154,8 @@ def _build(kind, data, prefix, file):
 def _value(hint, value, name, file):
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if hint is object:
+        return value
     if dataclasses.is_dataclass(hint):
         if isinstance(value, dict):
             return _build(hint, value, name + ".", file)
@@ -193,15 +195,28 @@ def to_toml(config):
     keys that are None are left out.
     """
     data = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
-    lines, tables = [], []
+    plain, sections = {}, ""
     for name, value in data.items():
         if isinstance(value, dict):
-            tables.append(f"\n[{name}]\n{to_toml(value)}")
+            sections += f"\n[{name}]\n{_toml_lines(value)}"
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            tables.extend(f"\n[[{name}]]\n{to_toml(item)}" for item in value)
-        elif value is not None:
-            lines.append(f"{_toml_key(name)} = {json.dumps(value, ensure_ascii=False)}")
-    return "\n".join(lines + tables) + ("\n" if lines or tables else "")
+            sections += "".join(f"\n[[{name}]]\n{_toml_lines(item)}" for item in value)
+        else:
+            plain[name] = value
+    return _toml_lines(plain) + sections
+
+
+def _toml_lines(data):
+    return "".join(f"{_toml_key(k)} = {_toml_value(v)}\n" for k, v in data.items()
+                   if v is not None)
+
+
+def _toml_value(value):
+    if isinstance(value, dict):  # a table within a section: on one line
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _toml_key(name):
@@ -222,6 +237,18 @@ def command(main):
         os._exit(2)  # other ranks may be waiting in a collective: leave at once, torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The [chat] section of sample.py and evaluate.py: how a problem becomes a prompt."""
+
+    template: str = key("{problem}", "text around the problem, the user's turn")
+    system: str = key("", "system message; empty: what the chat template puts there, if anything")
+    variables: dict[str, object] = key(
+        {}, "the chat template's own switches, { enable_thinking = false } say")
+    prefix: str = key("", "how every answer begins, '<think>\\n' say; part of the prompt, added "
+                          "where the chat template does not put it there")
 
 
 @dataclass(frozen=True)
@@ -343,6 +370,9 @@ def policy(path, ranks, *, recompute=False):
                 if isinstance(module, models.Decay):
                     shard(module, dtype=None)  # stays float32
             shard(block)
+        if not model.config.tied:  # a large vocabulary is gathered only while it is used
+            shard(model.model.embed_tokens)
+            shard(model.lm_head)
         shard(model, reshard_after_forward=False)
 
     model = models.load(path, dtype=torch.float32, device=ranks.device, shard=shard_all)

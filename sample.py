@@ -27,7 +27,7 @@ import hashlib
 import random
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ import mixing
 import model as models
 import rollouts
 import runtime
-from runtime import key
+from runtime import key, section
 
 
 class Sequence(NamedTuple):
@@ -231,13 +231,13 @@ class Config:
     top_k: int = key(0, "0: off")
     min_p: float = key(0.0, "0: off")
     seed: int = key(0, "of the choice of prompts and of every sequence")
-    template: str = key("{problem}", "text around the problem, inside the chat template")
     problem: str = key("problem", "name of the problem field in the prompts file")
     answer: str = key("answer", "name of the answer field")
     lenient: bool = key(False, "grade unboxed answers too (base models)")
     slots: int = key(0, "sequences decoded at a time; 0: as many as fit")
     prompts_per_shard: int = key(
         16, "prompts of one file; a killed run loses at most the files in flight")
+    chat: runtime.Chat = section(runtime.Chat)
 
     def __post_init__(self):
         for name, least in (("num_prompts", 0), ("n", 1), ("prompts_per_shard", 1)):
@@ -259,10 +259,10 @@ def main():
     header = {"policy": cfg.policy, "fingerprint": runtime.fingerprint(cfg.policy, ranks),
               "prompts": cfg.prompts,
               "prompts_digest": hashlib.sha256(Path(cfg.prompts).read_bytes()).hexdigest()[:16],
-              "shards": len(shards), "source": "sample",
+              "shards": len(shards), "source": "sample", "chat": asdict(cfg.chat),
               **{name: getattr(cfg, name) for name in (
                   "num_prompts", "n", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
-                  "seed", "template", "problem", "answer", "lenient", "prompts_per_shard")}}
+                  "seed", "problem", "answer", "lenient", "prompts_per_shard")}}
     if cfg.temperature == 0:
         raise ValueError("temperature 0 (greedy) makes n equal responses without log-probs: "
                          "no batch to learn from")
@@ -294,7 +294,7 @@ def collect(cfg, ranks, rows, shards, mine, header):
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     model = models.load(cfg.policy, dtype=dtype, device=ranks.device)
     order = [row for s in mine for row in shards[s]]
-    prompts = [rollouts.prompt_tokens(tokenizer, rows[row], cfg.template) for row in order]
+    prompts = [rollouts.prompt_tokens(tokenizer, rows[row], **asdict(cfg.chat)) for row in order]
     total = len(prompts) * cfg.n
     slots = cfg.slots or default_slots(model, max(map(len, prompts)) + cfg.max_new_tokens, total)
     shard_of = {row: s for s in mine for row in shards[s]}

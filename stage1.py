@@ -27,7 +27,7 @@ growing without bound. The last policy is not the product: stage2.py starts from
 uses a checkpoint of this run only as a signal.
 
     python stage1.py --config configs/toy/stage1.toml
-    torchrun --nproc-per-node 8 stage1.py --config configs/qwen3_4b/stage1.toml --set loss.beta=0.01
+    torchrun --nproc-per-node 8 stage1.py --config configs/qwen3_4b/stage1_ce.toml
 """
 
 import time
@@ -114,6 +114,7 @@ def main():
     cfg = runtime.parse(Config, __doc__)
     ranks = runtime.start(cfg.train.replicas)
     batch = rollouts.load(cfg.batch)
+    rollouts.require_fit(batch, range(len(batch)), cfg.train.max_tokens)
     old = cfg.old or batch.header["policy"]
     temperature = cfg.logprob_temperature or batch.temperature
     reference = {"old": old, "start": cfg.policy}.get(cfg.loss.reference, cfg.loss.reference)

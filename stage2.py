@@ -27,7 +27,7 @@ numerator / denominator:
 optimiser (the paper's teacher ensemble).
 
     python stage2.py --config configs/toy/stage2.toml
-    torchrun --nproc-per-node 8 stage2.py --config configs/qwen3_4b/stage2.toml
+    torchrun --nproc-per-node 8 stage2.py --config configs/qwen3_4b/stage2_strong.toml
 """
 
 import time
@@ -106,6 +106,7 @@ def main():
     cfg = runtime.parse(Config, __doc__)
     ranks = runtime.start(cfg.train.replicas)
     batch = rollouts.load(cfg.batch)
+    rollouts.require_fit(batch, range(len(batch)), cfg.train.max_tokens)
     old = cfg.policy or batch.header["policy"]
     temperature = cfg.logprob_temperature or batch.temperature
     names = {name for s in cfg.signal for name in (s.numerator, s.denominator)} - {

@@ -88,6 +88,37 @@ def test_prompts_may_be_conversations(tmp_path, policy):
     assert tokenizer.decode(R.prompt_tokens(tokenizer, problem, "|{problem}|")) == "|4+5=|"
 
 
+def test_prompts_have_system_switches_and_a_first_word(policy):
+    """What surrounds the problem reaches the chat template, in its place; a system message that
+    the row brings itself stays."""
+    tokenizer = models.Tokenizer(policy)
+    tokenizer.template = (
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}|{% endfor %}{{ think }}")
+    row, variables = {"problem": "1"}, {"think": "t"}
+    chat = {"template": "+{problem}", "system": "2", "variables": variables, "prefix": "="}
+
+    def text(row):
+        return tokenizer.decode(R.prompt_tokens(tokenizer, row, **chat), special=True)
+
+    assert text(row) == tokenizer.decode(tokenizer.encode("s2|u+1|t="), special=True)
+    own = {"messages": [{"role": "system", "content": "3"}, {"role": "user", "content": "4"}]}
+    assert text(own) == tokenizer.decode(tokenizer.encode("s3|u4|t="), special=True)
+
+
+def test_plain_prompts_get_what_the_tokenizer_adds(policy):
+    """A base model without chat template expects its beginning-of-text token; a chat template
+    writes it itself."""
+    from tokenizers import processors
+
+    tokenizer = models.Tokenizer(policy)
+    tokenizer.backend.post_processor = processors.TemplateProcessing(
+        single="_ $A", special_tokens=[("_", 0)])
+    row = {"problem": "1+2="}
+    assert R.prompt_tokens(tokenizer, row) == [0, *tokenizer.encode("1+2=")]
+    tokenizer.template = "{{ messages[0].content }}"
+    assert R.prompt_tokens(tokenizer, row) == tokenizer.encode("1+2=")
+
+
 GOOD = json.dumps({"id": "a", "problem": "1", "answer": "1"}).encode()
 
 

@@ -454,13 +454,13 @@ def test_a_killed_run_goes_on(collected, copy, monkeypatch, lost):
 
 @pytest.mark.parametrize("name, value", [
     ("temperature", 0.9), ("seed", 6), ("n", 4), ("max_new_tokens", 21), ("top_p", 0.9),
-    ("top_k", 3), ("min_p", 0.1), ("template", "{problem}="), ("lenient", False),
+    ("top_k", 3), ("min_p", 0.1), ("chat.template", "{problem}="), ("lenient", False),
     ("num_prompts", 4), ("prompts_per_shard", 4), ("answer", "id")])
 def test_changed_settings_are_refused(collected, copy, monkeypatch, name, value):
     """Half a batch of one setting and half of another, in one folder, is neither."""
     rollouts.shard_file(copy / "batch", 1).unlink()
     settings = arguments(collected, output=str(copy / "batch"), **{name: value})
-    with pytest.raises(ValueError, match=rf"shard-00000.*sampled with {name} = "):
+    with pytest.raises(ValueError, match=rf"shard-00000.*sampled with {name.partition('.')[0]} = "):
         sample_here(monkeypatch, settings)
     assert not rollouts.shard_file(copy / "batch", 1).exists()
 

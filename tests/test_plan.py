@@ -1,0 +1,132 @@
+"""plan.py: its arithmetic against counts of the real code, and the figures that were written down
+from it."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+import deltanet
+import mixing
+import model as models
+import plan
+
+FOLDERS = sorted(file.parent for file in (ROOT / "configs").glob("*/config.json"))
+RUNS = sorted(file for folder in FOLDERS for file in folder.glob("*.toml"))
+KINDS = ["stage1_ce", "stage1_sapo", "stage1_grpo", "stage1_mse", "stage2_strong", "stage2_weak",
+         "stage2_earlier", "sample", "evaluate", "rounds"]
+
+
+def test_seven_models_each_with_every_run():
+    assert len(FOLDERS) == 7
+    for folder in FOLDERS:
+        assert sorted(KINDS) == sorted(file.stem for file in folder.glob("*.toml")), folder.name
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_shapes_exist_on_the_meta_device(folder):
+    """The real shape, without its memory; sizes as published, in billions."""
+    published = {"justrl_1_5b": 1.54, "nanbeige4_3b": 3.93, "qwen3_4b": 4.02,
+                 "nemotron_nano_4b": 4.51, "acereason_7b": 7.62, "qwen3_5_9b": 8.95,
+                 "qwen3_5_27b": 26.9}
+    config = models.read_config(folder)
+    with torch.device("meta"):
+        model = models.Transformer(config)
+    total = sum(p.numel() for p in model.parameters())
+    assert round(total / 1e9, 2) == published[folder.name]
+    assert plan.weights(config)[0] == total
+    assert model.head.shape == (config.vocab, config.hidden)
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_a_config_says_what_it_needs(file, monkeypatch):
+    """The line in its head is today's estimate, not that of a year ago."""
+    monkeypatch.chdir(ROOT)
+    line = re.search(r"^# Estimate \(plan\.py, not measured\): (.*)\.$", file.read_text(), re.M)
+    assert line, f"{file} lacks its estimate"
+    assert line[1] == plan.estimate(file.relative_to(ROOT))
+
+
+def test_the_table_in_the_docs_is_the_plan():
+    text = (ROOT / "docs" / "models.md").read_text()
+    assert plan.HEADER in text
+    for folder in FOLDERS:
+        assert plan.table(folder) in text
+
+
+class Unseen(torch.autograd.Function):
+    """Keeps what a fused operation keeps, computes nothing: shapes are enough to count bytes."""
+
+    @staticmethod
+    def forward(ctx, like, *tensors):
+        out = torch.empty_like(like)
+        ctx.save_for_backward(out, *tensors)
+        return out
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
+def test_what_a_block_keeps(folder, monkeypatch):
+    """Count the bytes that autograd keeps of a real block, in bfloat16, without its memory."""
+    c, T = models.read_config(folder), 4096
+
+    def flash(q, k, v, packed):
+        group = q.shape[1] // k.shape[1]
+        return Unseen.apply(q, q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+
+    def walk(W, U, K, fade, chunks):
+        S = U.new_empty(*W.shape[:2], W.shape[3], U.shape[3])
+        return Unseen.apply(U, W, K, fade), Unseen.apply(S), S[:1]
+
+    monkeypatch.setattr(mixing, "attention", flash)
+    monkeypatch.setattr(deltanet, "_walk", walk)
+    monkeypatch.setattr(deltanet, "TOKEN_HEADS", 1 << 40)  # grouping is checked below
+    monkeypatch.setattr(plan, "TOKEN_HEADS", 1 << 40)
+    most = 0
+    for linear in set(c.linear):
+        with torch.device("meta"):
+            block = models.Block(c, linear).bfloat16()
+            x = torch.empty(T, c.hidden, dtype=torch.bfloat16, requires_grad=True)
+            cos = torch.empty(T, 1, c.rotary // 2)
+        mix = object.__new__(mixing.Packed)
+        mix.cu_seqlens = torch.tensor([0, T], device="meta")
+        mix.segment = torch.zeros(T, dtype=torch.long, device="meta")
+        mix.chunks = deltanet.Chunks(torch.tensor([0, T]), T)
+        mix.chunks.place = mix.chunks.place.to("meta")
+        kept, own = {}, {p.untyped_storage()._cdata for p in block.parameters()}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            block(x, cos, cos, mix, None)
+        most = max(most, sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in own))
+    assert plan.kept(c, T) == pytest.approx(most, rel=0.12)
+
+
+def test_memory_adds_up():
+    config = models.read_config(ROOT / "configs" / "qwen3_5_27b")
+    small, large = plan.memory(config, 8192, 8), plan.memory(config, 32768, 8)
+    assert small["state"] == large["state"] == 16 * plan.weights(config)[0] // 8
+    assert plan.memory(config, 8192, 16)["state"] * 2 == small["state"]
+    assert small["peak"] < large["peak"]
+    at = plan.longest(config, 8, 141)
+    assert at % 1024 == 0 and plan.memory(config, at, 8)["peak"] <= 141e9
+    assert plan.memory(config, at + 2048, 8)["peak"] > 141e9
+    assert plan.longest(config, 1, 80) == 0  # 430 GB of state fit no GPU
+
+
+def test_operations_of_a_forward_pass(monkeypatch, policy):
+    """The products with weights against torch's own counter; attention by its definition, causal.
+    """
+    config = models.read_config(policy)
+    monkeypatch.setattr(mixing, "attention", lambda q, k, v, packed: q)
+    model, T = models.load(policy, dtype=torch.float32), 64
+    with FlopCounterMode(display=False) as counter:
+        model.logp(torch.ones(T, dtype=torch.long), torch.tensor([0, T]), torch.arange(1, T))
+    assert plan.forward_flops(config, T, 0) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    scores_and_mix = 2 * 2 * config.heads * config.head_dim * sum(range(1, T + 1))
+    assert plan.forward_flops(config, T, T) - plan.forward_flops(config, T, 0) == pytest.approx(
+        config.layers * scores_and_mix, rel=0.05)
