@@ -571,7 +571,8 @@ def _layout(model, parameters):
     from no weights, one file.
     """
     if not list(model.source.glob("*.safetensors")):
-        return {"model.safetensors": {name: p.dtype for name, p in parameters.items()}}
+        return {"model.safetensors": {name.replace(".decay.", "."): p.dtype
+                                      for name, p in parameters.items()}}
     layout = {}
     for file in hf.weight_files(model.source):
         with hf.tensors(file) as tensors:

@@ -1,6 +1,7 @@
 """Shared by all tests: the project on the path, Triton's interpreter where there is no GPU, no
 network, a tiny policy and a tiny batch, and a way to run a command here or under torchrun."""
 
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,42 @@ def write_policy(folder, seed=0, noise=0.3):
                 * noise
                 * parameter.std().nan_to_num(1.0)
             )
+    models.save(model, folder)
+    return folder
+
+
+def write_hybrid(folder, seed=0):
+    """The same with Qwen3.5's layers: three gated DeltaNet of a single head (fewer than ranks), one
+    of attention; an untied head."""
+    source = folder.with_name(folder.name + ".source")
+    toy.write_initial_policy(source, toy.Config(output="", seed=seed, shape=TINY))
+    (source / "model.safetensors").unlink()
+    config = json.loads((source / "config.json").read_text()) | {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "tie_word_embeddings": False,
+        "num_hidden_layers": 4,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 1,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.25,
+        },
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    model = models.Transformer(models.read_config(source))
+    model.source = source
+    generator = torch.Generator().manual_seed(seed + 100)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            loud = 1.0 if "embed" in name or p.ndim == 3 else 1.5 / p.shape[-1] ** 0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else loud))
+            if name.endswith("linear_attn.norm.weight"):
+                p.add_(1.0)
     models.save(model, folder)
     return folder
 

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import command, write_policy
+from conftest import command, write_hybrid, write_policy
 
+import deltanet
 import kernels
+import mixing
 import model as models
 import rollouts
 import sample
@@ -55,9 +57,48 @@ def test_packed_attention_in_bfloat16(tmp_path):
     assert torch.equal(model(tokens, cu)[keep], model(tokens2, cu)[keep])
 
 
-def test_sampling_on_the_gpu(tmp_path):
+@pytest.mark.parametrize("dk, dv", [(128, 128), (16, 48), (20, 24)])
+def test_delta_rule_on_the_gpu(dk, dv):
+    """The Triton walk and its backward against the plain form on the CPU."""
+    lengths, V = [700, 1, 64, 65, 130], 4
+    T, cu = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    q, k = (torch.nn.functional.normalize(torch.randn(T, V, dk), dim=-1) for _ in "qk")
+    inputs = [q, k, torch.randn(T, V, dv), -3 * torch.rand(T, V) ** 4, torch.rand(T, V)]
+    weight = torch.randn(T, V, dv)
+
+    def run(device):
+        x = [y.to(device).requires_grad_() for y in inputs]
+        o, final = deltanet.gated_delta_rule(*x, deltanet.Chunks(cu.to(device), T))
+        loss = (o * weight.to(device)).sum() + final.square().sum()
+        return [y.cpu() for y in (o, final, *torch.autograd.grad(loss, x))]
+
+    for got, want in zip(run("cuda"), run("cpu"), strict=True):
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_hybrid_model_in_bfloat16(tmp_path):
+    """Qwen3.5's layers in bfloat16, packed, and step by step with the cache, near float32."""
+    folder = write_hybrid(tmp_path / "policy")
+    tokens, cu = torch.randint(1, 23, (200,), device="cuda"), torch.tensor([0, 70, 200]).cuda()
+    exact = models.load(folder, dtype=torch.float32, device="cuda")(tokens, cu)
+    model = models.load(folder, dtype=torch.bfloat16, device="cuda")
+    assert model.model.layers[0].linear_attn.decay.A_log.dtype == torch.float32
+    assert (model(tokens, cu) - exact).abs().max() < 0.1 * exact.abs().max()
+    cache, slot = mixing.Cache(model, 2, 200), torch.arange(2, device="cuda")
+    starts, lengths = cu[:-1], torch.tensor([60, 120], device="cuda")
+    prompts = torch.cat([tokens[a : a + n] for a, n in zip(starts, lengths, strict=True)])
+    bounds = torch.tensor([0, 60, 180], device="cuda")
+    hidden = model.prefill(prompts, bounds, cache, slot, slot)
+    for t in range(10):
+        assert (hidden - exact[starts + lengths - 1]).abs().max() < 0.1 * exact.abs().max()
+        hidden = model.decode(tokens[starts + lengths], lengths, cache, 121 + t)
+        lengths = lengths + 1
+
+
+@pytest.mark.parametrize("write", [write_policy, write_hybrid])
+def test_sampling_on_the_gpu(tmp_path, write):
     """Same seed, same tokens, whatever the slots; float32 so that rounding does not tip a draw."""
-    model = models.load(write_policy(tmp_path / "policy"), dtype=torch.float32, device="cuda")
+    model = models.load(write(tmp_path / "policy"), dtype=torch.float32, device="cuda")
     prompts = [[3, 4], [5], [6, 7, 8, 9]] * 5
     settings = dict(
         n=3, max_new_tokens=20, temperature=0.9, top_p=0.95, top_k=10, stop=(1,), seed=3
@@ -66,9 +107,10 @@ def test_sampling_on_the_gpu(tmp_path):
     assert [s.tokens for s in few] == [s.tokens for s in many]
 
 
-def test_the_commands_on_the_gpu(tmp_path):
+@pytest.mark.parametrize("write", [write_policy, write_hybrid])
+def test_the_commands_on_the_gpu(tmp_path, write):
     """All commands, bfloat16 over float32 weights; the sampler-trainer gap is small."""
-    policy = write_policy(tmp_path / "policy")
+    policy = write(tmp_path / "policy")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join(

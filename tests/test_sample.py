@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, write_hybrid
 
 import grade
 import model as models
@@ -98,6 +98,28 @@ def test_greedy_equals_a_naive_loop(network):
             context.append(response[-1])
         assert s.tokens == response and s.finished == (response[-1] in STOPS)
         assert s.logp == pytest.approx(logp, abs=1e-5)
+
+
+def test_a_hybrid_model(tmp_path):
+    """DeltaNet layers: greedy equals transformers and the full forward over and over; draws do not
+    depend on slots, which are reused by sequences of other prompts."""
+    network = models.load(write_hybrid(tmp_path / "policy"), dtype=torch.float32)
+    settings = dict(n=1, max_new_tokens=12, temperature=0.0, stop=(1,))
+    greedy = S.generate(network, PROMPTS, slots=3, **settings)
+    for start, sequence in zip(PROMPTS, greedy, strict=True):
+        tokens = start + sequence.tokens
+        hidden = network(torch.tensor(tokens), torch.tensor([0, len(tokens)]))
+        assert (hidden @ network.head.T).argmax(1)[len(start) - 1 : -1].tolist() == sequence.tokens
+    settings = dict(n=4, max_new_tokens=20, temperature=1.0, stop=STOPS, seed=3)
+    few, many = (S.generate(network, PROMPTS, slots=slots, **settings) for slots in (2, 24))
+    assert [s.tokens for s in few] == [s.tokens for s in many]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "policy", dtype=torch.float32)
+    for start, sequence in zip(PROMPTS, greedy, strict=True):
+        out = theirs.generate(torch.tensor([start]), max_new_tokens=12, do_sample=False,
+                              eos_token_id=1, pad_token_id=0)
+        assert out[0, len(start):].tolist() == sequence.tokens
 
 
 def test_greedy_equals_transformers(policy, network):

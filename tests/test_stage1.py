@@ -10,7 +10,15 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, movement_error, same_bits, weights, write_batch
+from conftest import (
+    ROOT,
+    command,
+    movement_error,
+    same_bits,
+    weights,
+    write_batch,
+    write_hybrid,
+)
 
 import losses
 import model as models
@@ -145,6 +153,21 @@ def kill_in_the_middle(script, settings, output, lines):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stderr.close()
+
+
+def test_a_hybrid_model_on_two_ranks_resumed_by_one(run, tmp_path):
+    """Qwen3.5's layers: scalars of fewer heads than ranks (an empty shard), an untied head gathered
+    on its own, float32 decays; state of two ranks, finished by one."""
+    policy = write_hybrid(tmp_path / "policy")
+    batch = write_batch(tmp_path / "batch", policy)
+    whole = arguments(policy, batch, tmp_path / "one", "steps=4")
+    run(stage1, *whole)
+    half = command("stage1.py", *arguments(policy, batch, tmp_path / "x", "steps=2"), ranks=2)
+    assert half.returncode == 0, half.stderr
+    run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=4"))
+    ends = [tmp_path / name / "step_000004" for name in ("one", "x")]
+    assert movement_error(*ends, policy) < 1e-3
+    assert (ends[0] / "config.json").read_text() == (policy / "config.json").read_text()
 
 
 def test_killed_and_resumed_equals_uninterrupted(run, tmp_path, policy, batch):
