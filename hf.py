@@ -40,19 +40,27 @@ def folder(name):
     from huggingface_hub import snapshot_download
 
     repo, revision = repository.groups()
+    wanted = {"revision": revision, "allow_patterns": FILES, "ignore_patterns": "*/*"}
     try:
-        there = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        there = Path(snapshot_download(repo, local_files_only=True, **wanted))
         if weight_files(there) and (there / "config.json").is_file():
             return there
     except (ValueError, OSError):
         pass  # not there yet, or only in part
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=FILES,
-                                      ignore_patterns="*/*"))
+        return Path(snapshot_download(repo, **wanted))
     except Exception as error:  # the hub's client and its transport raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{name}: there is no such folder here, and as a repository of the "
                          f"Hugging Face Hub it could not be fetched: {reason}") from None
+
+
+def read_text(file):
+    """A UTF-8 text, "" where there is no such file. ValueError where it is not one."""
+    try:
+        return Path(file).read_text(encoding="utf-8") if Path(file).is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text: {error}") from None
 
 
 def read_json(file):
@@ -60,8 +68,8 @@ def read_json(file):
     if not Path(file).is_file():
         return {}
     try:
-        data = json.loads(Path(file).read_text())
-    except ValueError as error:  # not JSON, or not text
+        data = json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file}: must hold an object, not {type(data).__name__}")
@@ -117,22 +125,26 @@ class Tokenizer:
             self.backend = Backend.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}/tokenizer.json: cannot be read: {error}") from None
-        self.settings = read_json(path / "tokenizer_config.json")
-        file = path / "chat_template.jinja"
-        template = (file.read_text() if file.is_file() else self.settings.get("chat_template")
+        settings = read_json(path / "tokenizer_config.json")
+        template = (read_text(path / "chat_template.jinja") or settings.get("chat_template")
                     or read_json(path / "chat_template.json").get("chat_template"))
-        if isinstance(template, list):  # several named templates: the one called default
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        if isinstance(template, list):  # several named templates
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+            if template is None:
+                raise ValueError(f"{path}: of the chat templates {sorted(map(str, named))} "
+                                 "none is named default")
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"{path}: the chat template is not text but {template!r:.80}")
         self.template = template
-        specials = read_json(path / "special_tokens_map.json") | self.settings
-        self.specials = {name: value["content"] if isinstance(value, dict) else value
+        extra = settings.get("extra_special_tokens")
+        specials = {**(extra if isinstance(extra, dict) else {}), **settings}
+        if "added_tokens_decoder" not in settings:  # as older tokenizers were saved
+            specials = specials | read_json(path / "special_tokens_map.json")
+        self.specials = {name: value.get("content") if isinstance(value, dict) else value
                          for name, value in specials.items()
                          if name.endswith("_token") and isinstance(value, str | dict)}
-        config = read_json(path / "config.json")
-        eos = next((c["eos_token_id"] for c in (read_json(path / "generation_config.json"), config,
-                                                config.get("text_config") or {})
-                    if c.get("eos_token_id") is not None), [])
-        self.stop = tuple(eos) if isinstance(eos, list) else (eos,)
+        self.stop = _stop(path)
 
     def encode(self, text, *, special=False):
         """Text -> list of ids; nothing added, unless `special` asks for what the tokenizer puts
@@ -155,17 +167,41 @@ class Tokenizer:
 
         if self.template is None:
             return "".join(str(message.get("content", "")) for message in messages)
+        # a copy of plain data: a template changes nothing of ours; a key that is null is none
+        messages = [{key: value for key, value in message.items() if value is not None}
+                    for message in json.loads(json.dumps(messages))]
         try:
             return _environment().from_string(self.template).render({
                 "messages": messages, "tools": None, "documents": None,
                 "add_generation_prompt": True, **self.specials, **variables})
-        except (TemplateError, TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError,
+                RecursionError) as error:
             raise ValueError(f"the chat template refused the conversation: {error}") from None
 
 
+def _stop(path):
+    """End-of-sequence ids: the first of three places that names any."""
+    config = read_json(path / "config.json")
+    text = config.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise ValueError(f"{path}/config.json: text_config must be an object, not {text!r:.80}")
+    for file, source in (("generation_config.json", read_json(path / "generation_config.json")),
+                         ("config.json", config), ("config.json", text)):
+        eos = source.get("eos_token_id")
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(i) is int for i in ids):
+            raise ValueError(f"{path}/{file}: eos_token_id must be token ids, not {eos!r:.80}")
+        if ids:
+            return tuple(ids)
+    return ()
+
+
 def _environment():
-    """What chat templates are written for: jinja2 with a few filters and functions more."""
-    from jinja2 import TemplateError, nodes
+    """What chat templates are written for: jinja2 with a few filters and functions more, and no way
+    to the objects behind them.
+    """
+    from jinja2 import TemplateError, nodes, utils
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -180,14 +216,35 @@ def _environment():
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
+    class Namespace(utils.Namespace):
+        def __init__(self, *args, **kwargs):
+            super().__init__()
+            for name, value in dict(*args, **kwargs).items():
+                self[name] = value
+
+        def __setitem__(self, name, value):
+            if str(name).startswith("_"):
+                raise SecurityError(f"a namespace takes no name like {name!r}")
+            super().__setitem__(name, value)
+
+    class Dict:  # the type itself would offer dict.clear(messages[0])
+        def __call__(self, *args, **kwargs):
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args):
+            return dict.fromkeys(*args)
+
     def raise_exception(message):
         raise TemplateError(message)
 
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
-    # jinja2's own tojson escapes HTML
-    environment.filters["tojson"] = lambda x, ensure_ascii=False, **options: json.dumps(
-        x, ensure_ascii=ensure_ascii, **options)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
+    environment.globals |= {"raise_exception": raise_exception, "dict": Dict(),
+                            "namespace": Namespace,
+                            "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment

@@ -134,13 +134,12 @@ def read_config(path):
         every = raw.get("full_attention_interval", 4) if kind == "qwen3_5" else 1
         layer_types = ["linear_attention" if (i + 1) % every else "full_attention"
                        for i in range(layers)]
-    known = {"full_attention", *(["linear_attention"] if kind == "qwen3_5" else [])}
-    if raw.get("use_sliding_window") or not known.issuperset(layer_types):
-        raise ValueError(f"{file}: sliding-window attention is not supported" if
-                         raw.get("use_sliding_window") or "sliding_attention" in layer_types else
-                         f"{file}: layer_types must be of {sorted(known)}, not {layer_types}")
-    if len(layer_types) != layers:
-        raise ValueError(f"{file}: {len(layer_types)} layer_types, but {layers} layers")
+    if raw.get("use_sliding_window") or "sliding_attention" in layer_types:
+        raise ValueError(f"{file}: sliding-window attention is not supported")
+    known = ("full_attention", "linear_attention") if kind == "qwen3_5" else ("full_attention",)
+    if len(layer_types) != layers or not set(layer_types).issubset(known):
+        raise ValueError(f"{file}: layer_types must name one of {', '.join(known)} for each of "
+                         f"{layers} layers, not {layer_types}")
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -347,8 +346,7 @@ class Transformer(nn.Module):
         self.config, self.source = config, None
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab, config.hidden)
-        self.model.layers = nn.ModuleList(
-            Block(config, linear) for linear in config.linear)
+        self.model.layers = nn.ModuleList(Block(config, linear) for linear in config.linear)
         self.model.norm = RMSNorm(config.hidden, config.eps, config.zero_centred)
         if not config.tied:
             self.lm_head = Head(config)
