@@ -225,14 +225,16 @@ def _toml_key(name):
 
 def command(main):
     """Run a command's main(): a ValueError or a missing file becomes one clear line
-    and exit status 2.
+    and exit status 2. So does the loss of another rank, which has said why it stopped.
     """
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("ERPD_TRACEBACK"):
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if os.environ.get("ERPD_TRACEBACK") or isinstance(error, RuntimeError) and not lost:
             raise
-        print(f"error: {error}\n(ERPD_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        text = "stopped: another rank is gone" if lost else f"error: {error}"
+        print(f"{text}\n(ERPD_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # other ranks may be waiting in a collective: leave at once, torchrun ends them
     if dist.is_initialized():
