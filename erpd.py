@@ -29,6 +29,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import durable
 import evaluate
 import rollouts
 import runtime
@@ -135,7 +136,7 @@ class Driver:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # whole lines only: a killed driver may have left half a line
         lines = self.log.read_text().split("\n")[:-1] if self.log.is_file() else []
-        runtime.write_text(self.log, "".join(line + "\n" for line in lines))
+        durable.write_text(self.log, "".join(line + "\n" for line in lines))
         self.done = {entry["key"]: entry["seconds"] for entry in map(json.loads, lines)}
 
     def run(self, phase, script, config, overrides=()):
@@ -227,7 +228,7 @@ def score(driver, phase, template, folder, base, prompts, seed, policies, **more
     """Write evaluate.py's config into `folder`, run it, read its report."""
     config = {**template, "base": base, "prompts": prompts, "output": str(folder), "seed": seed,
               "policy": policies, **more}
-    runtime.write_text(folder / "evaluate.toml", runtime.to_toml(config))
+    durable.write_text(folder / "evaluate.toml", runtime.to_toml(config))
     driver.run(phase, "evaluate.py", folder / "evaluate.toml")
     return json.loads((folder / "report.json").read_text())
 
@@ -317,14 +318,14 @@ def finish(cfg, reports):
         for seed, report in enumerate(reports):
             text += "".join(f"\nseed {seed}: {'holds' if holds else 'DOES NOT HOLD'}: {said}"
                             for said, holds in check(cfg, report))
-    runtime.write_text(folder / "report.json", json.dumps({
+    durable.write_text(folder / "report.json", json.dumps({
         "rows": [{**row, "seed": seed} for seed, r in enumerate(reports) for row in r["rows"]],
         "selection": [{**s, "seed": seed} for seed, r in enumerate(reports)
                       for s in r["selection"]],
         "comparisons": [{**c, "seed": seed} for seed, r in enumerate(reports)
                         for c in r["comparisons"]],
         "seeds": list(range(len(reports))), "config": reports[0]["config"]}, indent=2))
-    runtime.write_text(folder / "report.md", text + "\n")
+    durable.write_text(folder / "report.md", text + "\n")
     evaluate.plot(rows, success, folder / "plot.png", notes)
     print(f"\n{text}\n\n{folder}/report.md, {folder}/plot.png", flush=True)
 

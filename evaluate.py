@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import durable
 import grade
 import hf
 import kernels
@@ -483,14 +484,14 @@ def plot(rows, success, path, notes=()):
 def write_report(folder, report, success, draw):
     """report.json, report.md and plot.png from a report's rows."""
     columns = list(report["rows"][0]["sampling"])
-    runtime.write_text(Path(folder) / "report.json", json.dumps(report, indent=2))
+    durable.write_text(Path(folder) / "report.json", json.dumps(report, indent=2))
     text = table(report["rows"], columns)
     for chosen in report["selection"]:
         text += (f"\nSelected {chosen['run']}@{chosen['step']} "
                  f"(rule {chosen['rule']}: {chosen['why']}).\n")
     notes = caption(report["comparisons"])
     text += "".join(f"\n{line}\n" for line in notes)
-    runtime.write_text(Path(folder) / "report.md", text)
+    durable.write_text(Path(folder) / "report.md", text)
     if draw:
         bound = success and (report["success"]["sampling"], success)
         plot(report["rows"], bound, Path(folder) / "plot.png", notes)
@@ -533,7 +534,7 @@ def main():
             began = time.perf_counter()
             cells = measure(folder, cfg, ranks, rows, prompts, tokenizer)
             if ranks.rank == 0:
-                runtime.write_text(file, json.dumps({
+                durable.write_text(file, json.dumps({
                     "seconds": time.perf_counter() - began, "cells": cells}))
         dist.barrier()
         if ranks.rank:

@@ -31,9 +31,9 @@ of the cache.
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,11 +41,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+import durable
 import hf
 from hf import Tokenizer as Tokenizer  # part of a model, for those who import this file
 from kernels import linear_logp
@@ -529,17 +529,19 @@ def save(model, path):
     then renamed.
     """
     path, parameters = Path(path), dict(model.named_parameters())
-    writes = (not any(isinstance(p, DTensor) for p in parameters.values())
-              or dist.get_rank() == 0)
-    aside = path.with_name(path.name + ".tmp")
-    if writes:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for file in model.source.iterdir():
-            if (file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model")
-                    and ".safetensors." not in file.name):
-                shutil.copyfile(file, aside / file.name)
-    place, size = {}, 0
+    sharded = any(isinstance(p, DTensor) for p in parameters.values())
+    writes = not sharded or dist.get_rank() == 0
+    with durable.folder(path) if writes else nullcontext() as aside:
+        _write(model, parameters, aside)
+
+
+def _write(model, parameters, aside):
+    """`save` into the folder `aside`; None on ranks that only take part in the gathering."""
+    writes, place, size = aside is not None, {}, 0
+    for file in model.source.iterdir() if writes else ():
+        if (file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model")
+                and ".safetensors." not in file.name):
+            shutil.copyfile(file, aside / file.name)
     for file, names in _layout(model, parameters).items():
         tensors = {}
         for stored, dtype in names.items():
@@ -553,15 +555,12 @@ def save(model, path):
             if writes:
                 tensors[stored] = tensor.cpu().contiguous()
         if writes:
-            save_file(tensors, aside / file, metadata={"format": "pt"})
+            durable.write_tensors(aside / file, tensors, {"format": "pt"})
             place |= dict.fromkeys(tensors, file)
             size += sum(t.nbytes for t in tensors.values())
-    if writes:
-        if len(set(place.values())) > 1:
-            (aside / "model.safetensors.index.json").write_text(json.dumps(
-                {"metadata": {"total_size": size}, "weight_map": place}, indent=2) + "\n")
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(aside, path)
+    if len(set(place.values())) > 1:
+        (aside / "model.safetensors.index.json").write_text(json.dumps(
+            {"metadata": {"total_size": size}, "weight_map": place}, indent=2) + "\n")
 
 
 def _layout(model, parameters):

@@ -35,7 +35,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,8 +42,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+import durable
 import model as models
 
 FORMAT = 1
@@ -190,7 +189,8 @@ class Batch:
         """Keep log-probs [T] of a checkpoint beside the shards."""
         meta = {"policy": str(path), "fingerprint": policy,
                 "temperature": f"{temperature:g}", "batch": self.digest}
-        _write(self._column_file(policy, temperature), {"logp": logp.float().contiguous()}, meta)
+        durable.write_tensors(self._column_file(policy, temperature),
+                              {"logp": logp.float().contiguous()}, meta)
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def write_shard(folder, number, header, *,
         "sampler_logp": torch.tensor([x for sequence in sampler_logp for x in sequence]),
     }
     columns = {name: column.to(COLUMNS[name]) for name, column in columns.items()}
-    _write(shard_file(folder, number), columns,
+    durable.write_tensors(shard_file(folder, number), columns,
            {"header": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
 
 
@@ -371,15 +371,6 @@ def _check(file, part):
         if bad.any():
             row = int(torch.searchsorted(cu, bad.nonzero()[0, 0], right=True)) - 1
             raise ValueError(f"{file}, row {row}: {complaint}")
-
-
-def _write(file, columns, metadata):
-    aside = file.with_name(file.name + f".tmp{os.getpid()}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(columns, aside, metadata=metadata)
-    with open(aside, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(aside, file)
 
 
 # ---------------------------------------------------------------- import rollouts, look at them

@@ -39,11 +39,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
+import durable
 import model as models
 
 SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high",
@@ -499,16 +499,16 @@ class Run:
         if ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open(asked, may_change)
-        states = sorted(self.folder.glob("state/step_*"))
+        states = self._states()
         self.state = ranks.agree(states[-1] if states else None)
         self.first = int(self.state.name.removeprefix("step_")) if self.state else 0
         done = self.folder / "done.json"
         self.done = ranks.agree(done.is_file()
                                 and json.loads(done.read_text())["config"] == asked["config"])
         if ranks.rank == 0 and not self.done:
-            write_text(self.folder / "config.toml", to_toml(config))
+            durable.write_text(self.folder / "config.toml", to_toml(config))
             kept = [line for line in self._lines() if json.loads(line)["step"] <= self.first]
-            write_text(self.folder / "metrics.jsonl", "".join(line + "\n" for line in kept))
+            durable.write_text(self.folder / "metrics.jsonl", "".join(line + "\n" for line in kept))
         dist.barrier()
 
     def _open(self, asked, may_change):
@@ -516,12 +516,12 @@ class Run:
         if file.is_file():
             was, done = json.loads(file.read_text()), (self.folder / "done.json").is_file()
             # a run that saved nothing binds nobody
-            if done or models.checkpoints(self.folder) or list(self.folder.glob("state/step_*")):
+            if done or models.checkpoints(self.folder) or self._states():
                 self._compare(was, asked, may_change)
                 environments = was["environments"]
                 if done and was["config"] == asked["config"]:
                     return
-        write_text(file, json.dumps(
+        durable.write_text(file, json.dumps(
             {**asked, "environments": [*environments, environment(self.ranks)]}, indent=2))
 
     def _compare(self, was, asked, may_change):
@@ -533,6 +533,11 @@ class Run:
             raise ValueError(f"{self.folder} holds a run with other settings; "
                              "choose another output or delete it. "
                              f"Different: {'; '.join(differ)}")
+
+    def _states(self):
+        """Resume states, oldest first; none that is half-written."""
+        return sorted(p for p in self.folder.glob("state/step_*")
+                      if p.name.removeprefix("step_").isdigit())
 
     def _lines(self):
         """Whole lines of metrics.jsonl: a killed run may have left half a line at the end."""
@@ -563,13 +568,13 @@ class Run:
         self._save_state(step, model, optimizer)
 
     def _save_state(self, step, model, optimizer):
-        aside, final = self.folder / "state.tmp", self.folder / "state" / f"step_{step:06d}"
+        final = self.folder / "state" / f"step_{step:06d}"
+        aside = final.with_name(final.name + ".tmp")
         mesh = self.ranks.mesh
         part, parts = mesh.get_local_rank("shard"), mesh["shard"].size()
         first_copy = mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
         if self.ranks.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
+            durable.clear(final)
         dist.barrier()
         if first_copy:
             tensors = {}
@@ -579,15 +584,12 @@ class Run:
                 for kind, value in (("weight", parameter), ("exp_avg", state["exp_avg"]),
                                     ("exp_avg_sq", state["exp_avg_sq"])):
                     tensors[f"{kind}.{name}"] = value.detach().to_local().contiguous().cpu()
-            save_file(tensors, aside / f"part-{part:05d}-of-{parts:05d}.safetensors")
+            durable.write_tensors(aside / f"part-{part:05d}-of-{parts:05d}.safetensors", tensors)
         dist.barrier()
         if self.ranks.rank == 0:
-            final.parent.mkdir(exist_ok=True)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(aside, final)
-            for old in final.parent.glob("step_*"):
-                if old != final:
-                    shutil.rmtree(old)
+            durable.publish(aside, final)
+            for old in self._states()[:-1]:
+                shutil.rmtree(old)
         dist.barrier()
 
     def restore(self, model, optimizer):
@@ -622,7 +624,7 @@ class Run:
     def finish(self, **summary):
         if self.ranks.rank == 0:
             config = json.loads((self.folder / "run.json").read_text())["config"]
-            write_text(self.folder / "done.json",
+            durable.write_text(self.folder / "done.json",
                        json.dumps({"config": config, **summary}, indent=2))
 
 
@@ -632,15 +634,6 @@ def _flat(data, prefix=""):
         flat |= (_flat(value, f"{prefix}{name}.") if isinstance(value, dict)
                  else {prefix + name: value})
     return flat
-
-
-def write_text(path, text):
-    """Write a file so that it is there whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 def environment(ranks):

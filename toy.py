@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import durable
 import model as models
 import runtime
 from runtime import key, section
@@ -187,7 +188,7 @@ def write_prompts(cfg, table):
                            "answer": str(answer),
                            "success": round(success(table, start, operations), 6)})
     for name, part in rows.items():
-        runtime.write_text(folder / f"prompts_{name}.jsonl",
+        durable.write_text(folder / f"prompts_{name}.jsonl",
                            "".join(json.dumps(row) + "\n" for row in part))
     return {name: sum(row["success"] for row in part) / len(part) for name, part in rows.items()}
 
@@ -302,11 +303,8 @@ def main():
             run.checkpoint(step + 1, model, optimizer)
     if ranks.rank == 0:
         final = folder / "sft" / f"step_{cfg.train.steps:06d}"
-        aside = folder / "policy.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(final, aside)
-        shutil.rmtree(folder / "policy", ignore_errors=True)
-        aside.rename(folder / "policy")
+        with durable.folder(folder / "policy") as aside:
+            shutil.copytree(final, aside, dirs_exist_ok=True)
     run.finish(steps=cfg.train.steps)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT
 
+import durable
 import erpd
 import evaluate
 import runtime
@@ -157,8 +158,8 @@ def test_help_lists_every_key(script):
 
 
 def test_files_are_whole_or_absent(tmp_path):
-    runtime.write_text(tmp_path / "a/b.json", "one")
-    runtime.write_text(tmp_path / "a/b.json", "two")
+    durable.write_text(tmp_path / "a/b.json", "one")
+    durable.write_text(tmp_path / "a/b.json", "two")
     assert (tmp_path / "a/b.json").read_text() == "two" and len(
         list((tmp_path / "a").iterdir())
     ) == 1
@@ -166,7 +167,7 @@ def test_files_are_whole_or_absent(tmp_path):
 
 def test_lower_floors_do_not_import_higher_ones():
     floors = [
-        ("kernels", "losses", "grade", "deltanet", "hf"),
+        ("kernels", "losses", "grade", "deltanet", "hf", "durable"),
         ("mixing",),
         ("model",),
         ("rollouts", "runtime"),

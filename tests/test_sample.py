@@ -461,7 +461,7 @@ def test_a_killed_run_goes_on(collected, copy, monkeypatch, lost):
     for number in range(2):
         file = rollouts.shard_file(copy / "batch", number)
         if number in lost:  # what a killed run leaves: nothing, or a file in flight
-            file.rename(f"{file}.tmp4711")
+            file.rename(f"{file}.4711.tmp")
         else:
             before[file] = file.read_bytes(), file.stat().st_mtime_ns
     settings = arguments(collected, output=str(copy / "batch"), slots=2)
