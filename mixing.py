@@ -93,7 +93,8 @@ class Packed:
         """Causal convolution of each channel: x [T, C], weight [C, 1, taps] -> [T, C]."""
         gap = weight.shape[-1] - 1  # rows of zeros before each sequence: its history
         place = torch.arange(len(x), device=x.device) + gap * self.segment
-        history = x.new_zeros(len(x) + gap * (len(self.cu_seqlens) - 1), x.shape[1])
+        # one gap more than sequences: an empty pack is as long as the kernel, too
+        history = x.new_zeros(len(x) + gap * len(self.cu_seqlens), x.shape[1])
         history = history.index_copy(0, place + gap, x)
         return F.conv1d(history.T[None], weight, groups=len(weight))[0].T.index_select(0, place)
 

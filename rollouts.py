@@ -299,6 +299,35 @@ def shard_file(folder, number):
     return Path(folder) / f"shard-{number:05d}.safetensors"
 
 
+class Journal:
+    """Finished responses of a shard that is not complete yet, a line each, so that a killed sampler
+    loses only what was in flight. Removed once the shard is written.
+    """
+
+    def __init__(self, folder, number, header):
+        """`entries`: {(prompt row, sample): (tokens, logp, finished)} of an earlier start with the
+        same header; a half line at the end, or another header's lines, count for nothing.
+        """
+        self.file = Path(folder) / f"shard-{number:05d}.journal"
+        self.run = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+        self.entries = {}
+        text = self.file.read_text() if self.file.is_file() else ""
+        for line in text.split("\n")[:-1]:
+            run, row, sample, tokens, logp, finished = json.loads(line)
+            if run == self.run:
+                self.entries[row, sample] = (tokens, logp, finished)
+        if not text.endswith("\n") and text:  # what follows must begin a line of its own
+            durable.write_text(self.file, text[:text.rfind("\n") + 1])
+
+    def add(self, row, sample, tokens, logp, finished):
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "a") as stream:
+            stream.write(json.dumps([self.run, row, sample, tokens, logp, finished]) + "\n")
+
+    def remove(self):
+        self.file.unlink(missing_ok=True)
+
+
 def read_header(file):
     """The header that a shard carries."""
     try:

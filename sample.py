@@ -20,7 +20,8 @@ measured and printed there.
     torchrun --nproc-per-node 8 sample.py --config configs/qwen3_4b/sample.toml
         # prompts are split by rank
 
-A killed sampler started again keeps every shard it had written.
+A killed sampler started again keeps every response it had finished: those of complete shards, and
+in a journal those of shards that were not complete yet.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ import random
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +77,10 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0,
 
 @torch.no_grad()
 def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed,
-           slots, ids=None):
-    """`generate`, yielding (Sequence, sample number) as they finish."""
+           slots, ids=None, skip=frozenset()):
+    """`generate`, yielding (Sequence, sample number) as they finish, without those that `skip`
+    names as (prompt, sample number).
+    """
     if empty := [i for i, p in enumerate(prompts) if not len(p)]:
         raise ValueError(f"prompt {empty[0]} is empty")
     if (max_new_tokens < 1 or n < 1 or not 0 <= temperature < float("inf")
@@ -87,7 +91,8 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
             f"got {max_new_tokens}, {n}, {temperature}, {top_p}, {top_k}, {min_p}")
     device, stop = model.device, frozenset(stop)
     ids = range(len(prompts)) if ids is None else ids
-    queue = deque((p, sample) for p in range(len(prompts)) for sample in range(n))
+    queue = deque((p, sample) for p in range(len(prompts)) for sample in range(n)
+                  if (p, sample) not in skip)
     if not queue:
         return
     slots = min(slots, len(queue))
@@ -235,8 +240,7 @@ class Config:
     answer: str = key("answer", "name of the answer field")
     lenient: bool = key(False, "grade unboxed answers too (base models)")
     slots: int = key(0, "sequences decoded at a time; 0: as many as fit")
-    prompts_per_shard: int = key(
-        16, "prompts of one file; a killed run loses at most the files in flight")
+    prompts_per_shard: int = key(16, "prompts of one file")
     chat: runtime.Chat = section(runtime.Chat)
 
     def __post_init__(self):
@@ -298,18 +302,25 @@ def collect(cfg, ranks, rows, shards, mine, header):
     total = len(prompts) * cfg.n
     slots = cfg.slots or default_slots(model, max(map(len, prompts)) + cfg.max_new_tokens, total)
     shard_of = {row: s for s in mine for row in shards[s]}
+    journal = {s: rollouts.Journal(cfg.output, s, header) for s in mine}
+    place = {row: p for p, row in enumerate(order)}
+    earlier = [(Sequence(place[row], *entry), sample) for s in mine
+               for (row, sample), entry in journal[s].entries.items()]
     waiting = {s: {} for s in mine}
     began, tokens, rewards = time.perf_counter(), 0, []
     progress = tqdm(total=total, desc=f"sampling (rank 0 of {ranks.world}, {slots} slots)",
                     unit="seq", disable=ranks.rank != 0, mininterval=5)
-    for sequence, sample in stream(
-            model, prompts, n=cfg.n, max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
-            stop=tokenizer.stop, seed=cfg.seed, slots=slots, ids=order):
+    drawn = stream(
+        model, prompts, n=cfg.n, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+        top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p, stop=tokenizer.stop, seed=cfg.seed,
+        slots=slots, ids=order, skip={(q.prompt, sample) for q, sample in earlier})
+    for sequence, sample in chain(earlier, drawn):
         row = order[sequence.prompt]
         s = shard_of[row]
+        if (row, sample) not in journal[s].entries:
+            journal[s].add(row, sample, *sequence[1:])
+            tokens += len(sequence.tokens)
         waiting[s][row, sample] = sequence
-        tokens += len(sequence.tokens)
         progress.update()
         if len(waiting[s]) < len(shards[s]) * cfg.n:
             continue
@@ -325,6 +336,7 @@ def collect(cfg, ranks, rows, shards, mine, header):
             prompt_length=[len(p) for p in starts], prompt=[row for (row, _), _ in done],
             reward=reward, finished=[q.finished for _, q in done],
             sampler_logp=[[0.0] * len(p) + q.logp for p, (_, q) in zip(starts, done, strict=True)])
+        journal[s].remove()
         progress.set_postfix_str(
             f"{tokens / (time.perf_counter() - began):.0f} tokens/s, "
             f"mean reward {sum(rewards) / max(len(rewards), 1):.3f}", refresh=False)

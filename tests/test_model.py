@@ -1,5 +1,5 @@
-"""model.py against transformers (where installed) and against a naive float64 decoder; checkpoint
-folders.
+"""model.py against transformers (where installed), against numbers that transformers gave and
+against a naive float64 decoder; checkpoint folders.
 
 Tiny random checkpoints, weights large enough and norms far enough from 1 that a wrong rotation
 or a dropped norm shows.
@@ -9,9 +9,11 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +21,7 @@ import mixing
 import model as M
 
 LENGTHS = [5, 1, 17, 40, 3]  # of the packed sequences: unequal, one of a single token
+LONG = [5, 1, 70, 3, 131]  # the same over several chunks of the gated delta rule
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +65,18 @@ HAND = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "qwen3_5": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "tie_word_embeddings": False,
+        "layer_types": ["linear_attention", "full_attention"],
+        "rope_parameters": {"rope_theta": 50000.0, "partial_rotary_factor": 0.5},
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5,
+        "linear_conv_kernel_dim": 4,
+        "rms_norm_eps": 1e-3,  # a DeltaNet head's output near 0, normed, would magnify rounding
+    },
 }
 
 
@@ -70,15 +85,19 @@ def write(folder, name="qwen3", **changes):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**SMALL, **HAND[name], **changes}))
     network = M.Transformer(M.read_config(folder))
-    state = {n: randomised(n, p.data) for n, p in network.named_parameters()}
+    state = {
+        n.replace(".decay.", "."): randomised(n, p.data) for n, p in network.named_parameters()
+    }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def randomised(name, tensor):
-    if tensor.ndim == 1:
-        return (0.0 if name.endswith("bias") else 1.0) + 0.3 * torch.randn_like(tensor)
-    return torch.randn_like(tensor) * (1.0 if "embed" in name else 1.5 / math.sqrt(tensor.shape[1]))
+    if tensor.ndim == 1:  # around what a fresh module has: norms 1, or 0 where 1 is added; biases 0
+        centre = 0.0 if name.endswith("bias") else tensor
+        return centre + 0.3 * torch.randn_like(tensor)
+    fan_in = tensor[0].numel()
+    return torch.randn_like(tensor) * (1.0 if "embed" in name else 1.5 / math.sqrt(fan_in))
 
 
 def edit_config(folder, copy, **changes):
@@ -149,15 +168,24 @@ def naive_logits(raw, weights, tokens):
     heads and pairs."""
     W = {name: tensor.double() for name, tensor in weights.items()}
     D, A, K = raw["head_dim"], raw["num_attention_heads"], raw["num_key_value_heads"]
+    new = "layer_types" in raw  # Qwen3.5
+    theta = raw["rope_parameters"]["rope_theta"] if new else raw["rope_theta"]
+    R = int(D * raw["rope_parameters"]["partial_rotary_factor"]) if new else D
+
+    def plain_norm(x, weight):
+        return weight * x / torch.sqrt((x * x).mean() + raw["rms_norm_eps"])
 
     def norm(x, weight):
-        return weight * x / torch.sqrt((x * x).mean() + raw["rms_norm_eps"])
+        return plain_norm(x, 1 + weight if new else weight)
+
+    def silu(x):
+        return x * torch.sigmoid(x)
 
     def linear(name, x):
         return W[name + ".weight"] @ x + W.get(name + ".bias", 0.0)
 
     def frequency(i):
-        f, scaling = raw["rope_theta"] ** (-2 * i / D), raw.get("rope_scaling")
+        f, scaling = theta ** (-2 * i / R), raw.get("rope_scaling")
         if not scaling:
             return f
         wavelength, original = 2 * math.pi / f, scaling["original_max_position_embeddings"]
@@ -171,26 +199,26 @@ def naive_logits(raw, weights, tokens):
 
     def rotated(x, position):
         y = x.clone()
-        for i in range(D // 2):
+        for i in range(R // 2):
             c, s = math.cos(position * frequency(i)), math.sin(position * frequency(i))
-            y[i], y[i + D // 2] = x[i] * c - x[i + D // 2] * s, x[i + D // 2] * c + x[i] * s
+            y[i], y[i + R // 2] = x[i] * c - x[i + R // 2] * s, x[i + R // 2] * c + x[i] * s
         return y
 
     def heads(layer, name, x, position):
         """The heads of a projection of x; q and k normalised where the checkpoint has a norm, and
         rotated."""
-        parts = list(linear(f"{layer}.self_attn.{name}_proj", x).split(D))
+        y = linear(f"{layer}.self_attn.{name}_proj", x)
+        if new and name == "q":  # each head's query, then its gate
+            y = torch.cat(y.split(D)[::2])
+        parts = list(y.split(D))
         if name != "v":
             weight = W.get(f"{layer}.self_attn.{name}_norm.weight")
             parts = [rotated(h if weight is None else norm(h, weight), position) for h in parts]
         return parts
 
-    xs = [W["model.embed_tokens.weight"][t] for t in tokens]
-    for n in range(raw["num_hidden_layers"]):
-        layer = f"model.layers.{n}"
-        normed = [norm(x, W[f"{layer}.input_layernorm.weight"]) for x in xs]
+    def attention(layer, normed):
         q, k, v = ([heads(layer, name, x, t) for t, x in enumerate(normed)] for name in "qkv")
-        for t in range(len(xs)):
+        for t, x in enumerate(normed):
             mixed = []
             for a in range(A):
                 b = a // (A // K)  # the key/value head of query head a
@@ -198,11 +226,51 @@ def naive_logits(raw, weights, tokens):
                     [q[t][a] @ k[u][b] / math.sqrt(D) for u in range(t + 1)]
                 ).softmax(0)
                 mixed.append(sum(scores[u] * v[u][b] for u in range(t + 1)))
-            xs[t] = xs[t] + linear(f"{layer}.self_attn.o_proj", torch.cat(mixed))
+            mixed = torch.cat(mixed)
+            if new:
+                gate = torch.cat(linear(f"{layer}.self_attn.q_proj", x).split(D)[1::2])
+                mixed = mixed * torch.sigmoid(gate)
+            yield linear(f"{layer}.self_attn.o_proj", mixed)
+
+    def delta_net(layer, normed):
+        Hk, Hv = raw["linear_num_key_heads"], raw["linear_num_value_heads"]
+        dk, dv = raw["linear_key_head_dim"], raw["linear_value_head_dim"]
+        taps = W[f"{layer}.conv1d.weight"][:, 0]  # [channels, taps], the last for the token itself
+        S, window = [torch.zeros(dk, dv).double()] * Hv, [torch.zeros(len(taps))] * taps.shape[1]
+        for x in normed:
+            window = [*window[1:], linear(f"{layer}.in_proj_qkv", x)]
+            y = silu(sum(taps[:, i] * past for i, past in enumerate(window)))
+            q, k, v = y.split((Hk * dk, Hk * dk, Hv * dv))
+            z = linear(f"{layer}.in_proj_z", x).split(dv)
+            a, b = linear(f"{layer}.in_proj_a", x), linear(f"{layer}.in_proj_b", x)
+            mixed = []
+            for h in range(Hv):
+                c = h // (Hv // Hk)  # the query/key head of value head h
+                query, key = (q.split(dk)[c], k.split(dk)[c])
+                query, key = (u / torch.sqrt((u * u).sum() + 1e-6) for u in (query, key))
+                rate = W[f"{layer}.A_log"][h].exp()
+                step = torch.log1p((a[h] + W[f"{layer}.dt_bias"][h]).exp())
+                S[h] = S[h] * torch.exp(-rate * step)
+                error = v.split(dv)[h] - S[h].T @ key
+                S[h] = S[h] + torch.sigmoid(b[h]) * torch.outer(key, error)
+                o = plain_norm(S[h].T @ query / math.sqrt(dk), W[f"{layer}.norm.weight"])
+                mixed.append(o * silu(z[h]))
+            yield linear(f"{layer}.out_proj", torch.cat(mixed))
+
+    xs = [W["model.embed_tokens.weight"][t] for t in tokens]
+    for n in range(raw["num_hidden_layers"]):
+        layer = f"model.layers.{n}"
+        normed = [norm(x, W[f"{layer}.input_layernorm.weight"]) for x in xs]
+        if new and raw["layer_types"][n] == "linear_attention":
+            mixed = delta_net(f"{layer}.linear_attn", normed)
+        else:
+            mixed = attention(layer, normed)
+        for t, o in enumerate(list(mixed)):
+            xs[t] = xs[t] + o
             y = norm(xs[t], W[f"{layer}.post_attention_layernorm.weight"])
             gate = linear(f"{layer}.mlp.gate_proj", y)
             up = linear(f"{layer}.mlp.up_proj", y)
-            xs[t] = xs[t] + linear(f"{layer}.mlp.down_proj", gate * torch.sigmoid(gate) * up)
+            xs[t] = xs[t] + linear(f"{layer}.mlp.down_proj", silu(gate) * up)
     head = W.get("lm_head.weight", W["model.embed_tokens.weight"])
     return torch.stack([head @ norm(x, W["model.norm.weight"]) for x in xs])
 
@@ -287,8 +355,8 @@ def test_logp_alignment(network):
     scored = torch.tensor([3, 1, 22, 60])
     table = (logits(network, tokens, cu_seqlens) / 0.7).log_softmax(1)
     got, entropy = network.logp(tokens, cu_seqlens, scored, temperature=0.7, entropy=True)
-    assert_near(got, torch.stack([table[t - 1, tokens[t]] for t in scored]))
-    assert_near(entropy, -(table.exp() * table).sum(1)[scored - 1])
+    assert_near(got, torch.stack([table[t - 1, tokens[t]] for t in scored]), 3e-5)
+    assert_near(entropy, -(table.exp() * table).sum(1)[scored - 1], 3e-5)
     assert network.logp(tokens, cu_seqlens, scored)[1] is None
 
 
@@ -374,6 +442,39 @@ def test_config_refused(tmp_path, changes, words):
     """What this file does not compute must stop at the config, by name, rather than compute
     something else."""
     refused(edit_config(write(tmp_path / "m"), tmp_path / "bad", **changes), *words)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["text", "with vision"])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"layer_types": ["linear_attention", "full_attention_2"]}, ["full_attention_2"]),
+        ({"layer_types": ["linear_attention", "sliding_attention"]}, ["sliding"]),
+        ({"layer_types": ["linear_attention"] * 3}, ["layer_types", "2 layers"]),
+        ({"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
+        ({"attn_output_gate": False}, ["attn_output_gate"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["yarn"]),
+        *(({key: None}, [key]) for key in HAND["qwen3_5"] if key.startswith("linear_")),
+    ],
+)
+def test_qwen3_5_config_refused(tmp_path, changes, words, nested):
+    """The same of what is special to Qwen3.5, whose text part may lie in a section of its own."""
+    folder = write(tmp_path / "m", "qwen3_5")
+    M.load(folder)
+    if nested:
+        text = {**SMALL, **HAND["qwen3_5"], **changes}
+        text = {key: value for key, value in text.items() if value is not None}
+        changes = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    refused(edit_config(folder, tmp_path / "bad", **changes), "config.json", *words)
+
+
+def test_linear_attention_refused_elsewhere(tmp_path):
+    """Only Qwen3.5 has such layers here."""
+    folder = edit_config(
+        write(tmp_path / "m"), tmp_path / "bad", layer_types=["linear_attention", "full_attention"]
+    )
+    refused(folder, "config.json", "linear_attention")
 
 
 def test_not_a_checkpoint(tmp_path):
@@ -602,6 +703,25 @@ def test_config_defaults(tmp_path):
     )
 
 
+def test_qwen3_5_config_defaults(tmp_path):
+    """Keys that a Qwen3.5 may leave out: every fourth layer (or as said) has attention, and a
+    quarter of its heads rotates."""
+    folder = write(tmp_path / "m", "qwen3_5")
+    left_out = {"layer_types": None, "num_hidden_layers": 9}
+    fourth, second = [True, True, True, False] * 2 + [True], [True, False] * 4 + [True]
+    cases = [
+        ({}, fourth, 4),
+        ({"full_attention_interval": 2}, second, 4),
+        ({"rope_parameters": {"rope_theta": 1e4}}, fourth, 2),
+        ({"rope_parameters": None, "partial_rotary_factor": 0.5}, fourth, 4),
+    ]
+    for n, (changes, linear, rotary) in enumerate(cases):
+        config = M.read_config(edit_config(folder, tmp_path / str(n), **left_out, **changes))
+        assert (config.linear, config.rotary) == (tuple(linear), rotary)
+        assert config.delta == M.Delta(k_heads=2, v_heads=4, k_dim=6, v_dim=5, taps=4)
+        assert config.zero_centred and config.gated and config.qk_norm
+
+
 # ---------------------------------------------------------------- parity with transformers
 
 COMMON = {
@@ -626,6 +746,16 @@ def rope(theta, **scaling):
     }
 
 
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-3,  # as in HAND
+}
 ARCHITECTURES = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 4, "tie_word_embeddings": False, **rope(1e4)}),
     "llama tied": ("LlamaConfig", {"head_dim": 32, "tie_word_embeddings": True, **rope(7e7)}),
@@ -647,58 +777,133 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False, **rope(5e6)}),
     "qwen3 tied": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True, **rope(1e6)}),
     "qwen3 biases": ("Qwen3Config", {"head_dim": 32, "attention_bias": True, **rope(1e6)}),
+    "qwen3.5": ("Qwen3_5TextConfig", {**DELTA, "tie_word_embeddings": False, **rope(1e7)}),
+    "qwen3.5 tied": (
+        "Qwen3_5TextConfig",
+        {
+            **DELTA,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 3,
+            "linear_conv_kernel_dim": 2,
+            "rope_parameters": {**rope(1e4)["rope_parameters"], "partial_rotary_factor": 0.5},
+        },
+    ),
 }
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+
+
+def from_config(config, kind=None):
+    """A tiny random model of transformers, every 1-D parameter perturbed: norms of 1 and biases of
+    0 hide mistakes. Rates of decay are lowered: by their initial values most heads would forget all
+    but one token, so that no state passed from chunk to chunk and a single q . k near 0, normed,
+    magnified all rounding."""
+    import transformers
+
+    if kind is None:
+        make = transformers.AutoModelForCausalLM.from_config
+    else:
+        make = getattr(transformers, kind)._from_config
+    network = make(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p) - 4.0 * name.endswith("A_log"))
+    return network
+
+
+def config_of(kind, **keys):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, kind):
+        pytest.skip(f"this transformers has no {kind}")
+    return getattr(transformers, kind)(**keys)
 
 
 @pytest.fixture(params=ARCHITECTURES)
 def theirs(request):
-    """A tiny random model of transformers, every 1-D parameter perturbed: norms of 1 and biases of
-    0 hide mistakes."""
-    transformers = pytest.importorskip("transformers")
     kind, changes = ARCHITECTURES[request.param]
-    config = getattr(transformers, kind)(**{**COMMON, **changes})
-    network = (
-        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        .float()
-        .eval()
+    return from_config(config_of(kind, **{**COMMON, **changes}))
+
+
+def with_vision(tied=False):
+    """A Qwen3.5 with vision as transformers makes it: the text part in a section of its own."""
+    text = {**COMMON, **DELTA, "tie_word_embeddings": tied, **rope(1e7)}
+    vision = {**VISION, "out_hidden_size": text["hidden_size"]}
+    config = config_of(
+        "Qwen3_5Config", text_config=text, vision_config=vision, tie_word_embeddings=tied
     )
-    with torch.no_grad():
-        for p in network.parameters():
-            if p.ndim == 1:
-                p.add_(0.3 * torch.randn_like(p))
-    return network
+    return from_config(config, "Qwen3_5ForConditionalGeneration")
 
 
-def reload(folder):
+def reload(folder, kind="AutoModelForCausalLM"):
     """The folder in transformers, having loaded every tensor and wanted no other."""
     import transformers
 
-    network, info = transformers.AutoModelForCausalLM.from_pretrained(
+    network, info = getattr(transformers, kind).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(info.values()), info
     return network
 
 
+def alone(network, parts):
+    """transformers' logits, each sequence by itself."""
+    return torch.cat([network(part[None], use_cache=False).logits[0] for part in parts])
+
+
+def assert_same_function(mine, theirs, vocab):
+    """Logits of packed sequences, the gradient of every parameter, and cached decoding."""
+    # the output of a DeltaNet head is normed, however small: at a sequence's first token it is
+    # v times a q . k which may be next to 0, and rounding is magnified, twice so in gradients
+    near, gradients_near = (1e-4, 1e-3) if any(mine.config.linear) else (2e-5, 5e-5)
+    parts = sequences(vocab, LONG)
+    tokens, cu_seqlens = pack(parts)
+    want = alone(theirs, parts)
+    assert want.detach().std() > 0.3  # loud enough for mistakes to show
+    assert_near(logits(mine, tokens, cu_seqlens), want, near)
+
+    scored = torch.tensor([2, 4, 7, 22, 23, 40, 69, 70, 73, 77, 78, 80, 150, 200, 208, 209])
+    assert not set(scored.tolist()) & set(cu_seqlens.tolist())  # no sequence's first
+    nll = -want.log_softmax(1)[scored - 1, tokens[scored]].mean()
+    ours = -mine.logp(tokens, cu_seqlens, scored)[0].mean()
+    assert_near(ours, nll)
+    theirs.zero_grad()
+    nll.backward()
+    gradients = {
+        M.own_name(name): p.grad for name, p in theirs.named_parameters() if "visual." not in name
+    }
+    assert_gradients_near(parameter_gradients(mine, ours), gradients, gradients_near)
+    # the last three sequences: their prompts in the cache, then token by token
+    parts, starts, want = parts[2:], [66, 1, 127], want.detach().split(LONG)[2:]
+    cache, slot = mixing.Cache(mine, 3, 144), torch.tensor([2, 0, 1])
+    prompts = [part[:n] for part, n in zip(parts, starts, strict=True)]
+    hidden = mine.prefill(*pack(prompts), cache, torch.arange(3), slot)
+    for i in range(3):
+        got = hidden @ mine.head.T if i == 0 else (hidden @ mine.head.T)[slot]
+        for row, n, logit in zip(got, starts, want, strict=True):
+            if n + i <= len(logit):
+                assert_near(row, logit[n + i - 1], near)
+        places = [min(n + i, len(p) - 1) for p, n in zip(parts, starts, strict=True)]
+        new = torch.stack([part[t] for part, t in zip(parts, places, strict=True)])
+        order = slot.argsort()
+        lengths = torch.tensor(starts)[order] + i
+        hidden = mine.decode(new[order], lengths, cache, int(lengths.max()) + 1)
+
+
 def test_parity(tmp_path, theirs):
     """Logits, the gradient of every parameter, shards and the way back, for each architecture."""
     theirs.save_pretrained(tmp_path / "m")
     mine = M.load(tmp_path / "m", dtype=torch.float32)
-    parts = sequences(512)
-    tokens, cu_seqlens = pack(parts)
-    want = torch.cat(
-        [theirs(part[None], use_cache=False).logits[0] for part in parts]
-    )  # each sequence alone
-    assert want.detach().std() > 0.3 and mine.config.tied == theirs.config.tie_word_embeddings
-    assert_near(logits(mine, tokens, cu_seqlens), want)
-
-    scored = torch.tensor(
-        [2, 4, 7, 22, 23, 40, 62, 64, 65]
-    )  # a masked NLL; none is the first of its sequence
-    nll = -want.log_softmax(1)[scored - 1, tokens[scored]].mean()
-    ours = -mine.logp(tokens, cu_seqlens, scored)[0].mean()
-    assert_near(ours, nll)
-    assert_gradients_near(parameter_gradients(mine, ours), parameter_gradients(theirs, nll))
+    assert mine.config.tied == theirs.config.tie_word_embeddings
+    assert_same_function(mine, theirs, 512)
 
     theirs.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
@@ -708,9 +913,9 @@ def test_parity(tmp_path, theirs):
     )
 
     M.save(sharded, tmp_path / "copy")
-    again = reload(tmp_path / "copy")
+    again, part = reload(tmp_path / "copy"), torch.randint(512, (1, 70))
     assert all(torch.equal(again.state_dict()[name], x) for name, x in theirs.state_dict().items())
-    assert torch.equal(again(parts[2][None]).logits, theirs(parts[2][None]).logits)
+    assert torch.equal(again(part).logits, theirs(part).logits)
 
 
 def test_parity_of_old_configs(tmp_path, theirs):
@@ -720,13 +925,267 @@ def test_parity_of_old_configs(tmp_path, theirs):
     if parameters is None:
         pytest.skip("this transformers writes the old words already")
     scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
-    kind = scaling.pop("rope_type")
+    kind, part = scaling.pop("rope_type"), scaling.pop("partial_rotary_factor", None)
     for key in ("type", "rope_type"):
         old = edit_config(
             tmp_path / "m",
             tmp_path / key,
             rope_parameters=None,
             rope_theta=parameters["rope_theta"],
+            partial_rotary_factor=part,
             rope_scaling=None if kind == "default" else {key: kind, **scaling},
         )
         assert M.read_config(old) == M.read_config(tmp_path / "m")
+
+
+# ---------------------------------------------------------------- Qwen3.5 with vision
+
+
+def carried(folder):
+    """{name: tensor} of what is not run here."""
+    state = {}
+    for file in folder.glob("*.safetensors"):
+        state |= load_file(file)
+    return {name: x for name, x in state.items() if "visual." in name or name.startswith("mtp.")}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+def test_vision(tmp_path, tied, sharded):
+    """Of a Qwen3.5 with vision the text part runs; vision and multi-token prediction must come out
+    of a save as they went in, under both of transformers' classes."""
+    theirs, folder = with_vision(tied), tmp_path / "m"
+    theirs.save_pretrained(folder)
+    edit_tensors(
+        folder,
+        lambda state: state.update(
+            {
+                "mtp.fc.weight": torch.randn(64, 128).bfloat16(),
+                "mtp.layers.0.self_attn.q_norm.weight": torch.randn(32).bfloat16(),
+            }
+        ),
+    )
+    if sharded:
+        shard(folder)
+    mine = M.load(folder, dtype=torch.float32)
+    assert mine.config.tied == tied
+    if not sharded:
+        assert_same_function(mine, theirs, 512)
+    with torch.no_grad():
+        for p in (*mine.parameters(), *theirs.model.language_model.parameters()):
+            p.mul_(1.25)  # as if trained, exactly so
+        if not tied:
+            theirs.lm_head.weight.mul_(1.25)
+    M.save(mine, tmp_path / "copy")
+    before, after = carried(folder), carried(tmp_path / "copy")
+    assert {"mtp.fc.weight", "model.visual.pos_embed.weight"} < after.keys() == before.keys()
+    assert all(torch.equal(after[n], x) and after[n].dtype == x.dtype for n, x in before.items())
+
+    parts = sequences(512, [3, 70])
+    want = alone(theirs, parts)
+    for kind in ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "AutoModelForCausalLM"):
+        again = reload(tmp_path / "copy", kind)
+        assert_near(alone(again, parts), want, 1e-6)
+        if kind == "Qwen3_5ForConditionalGeneration":
+            state = again.state_dict()
+            assert all(torch.equal(state[name], x) for name, x in theirs.state_dict().items())
+    assert_near(logits(M.load(tmp_path / "copy", dtype=torch.float32), *pack(parts)), want, 1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_vision_resaved_as_text(tmp_path, tied):
+    """AutoModelForCausalLM makes a text-only checkpoint of one with vision, under other names."""
+    theirs = with_vision(tied)
+    theirs.save_pretrained(tmp_path / "m")
+    reload(tmp_path / "m").save_pretrained(tmp_path / "text")
+    whole, text = (M.load(tmp_path / name, dtype=torch.float32) for name in ("m", "text"))
+    assert whole.config == text.config and not carried(tmp_path / "text")
+    b = dict(text.named_parameters())
+    assert all(torch.equal(x, b[name]) for name, x in whole.named_parameters())
+    M.save(text, tmp_path / "copy")
+    part = torch.randint(512, (70,))
+    assert_near(alone(reload(tmp_path / "copy"), [part]), alone(theirs, [part]), 1e-6)
+
+
+def plain_names(state):
+    """The text part under the names of old tools: model.* instead of model.language_model.*."""
+    for name in list(state):
+        state[name.replace("model.language_model.", "model.")] = state.pop(name)
+
+
+def test_vision_plain_names(tmp_path):
+    """A checkpoint with vision whose text part is stored as model.*: the same network, and saved
+    under the names that it came with."""
+    theirs = with_vision()
+    theirs.save_pretrained(tmp_path / "m")
+    shutil.copytree(tmp_path / "m", tmp_path / "plain")
+    edit_tensors(tmp_path / "plain", plain_names)
+    a, b = (M.load(tmp_path / name, dtype=torch.float32) for name in ("m", "plain"))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    M.save(b, tmp_path / "copy")
+    got, want = (load_file(tmp_path / n / "model.safetensors") for n in ("copy", "plain"))
+    assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_dtypes(tmp_path, dtype):
+    """Published with A_log and norms of the DeltaNet layers in float32 and the rest in bfloat16:
+    every tensor keeps its dtype, and rates of decay are never rounded, whatever is computed in."""
+    folder = write(tmp_path / "m", "qwen3_5")
+
+    def publish(state):
+        for name in state:
+            if not name.endswith(("A_log", "linear_attn.norm.weight")):
+                state[name] = state[name].bfloat16()
+
+    edit_tensors(folder, publish)
+    network = M.load(folder, dtype=dtype)
+    assert {p.dtype for n, p in network.named_parameters() if ".decay." in n} == {torch.float32}
+    assert {p.dtype for n, p in network.named_parameters() if ".decay." not in n} == {dtype}
+    M.save(network, tmp_path / "copy")
+    got, want = (load_file(f / "model.safetensors") for f in (tmp_path / "copy", folder))
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        if name.endswith("linear_attn.norm.weight"):  # computed with in the dtype of the model
+            tensor = tensor.to(dtype).float()
+        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+    assert {x.dtype for x in got.values()} == {torch.float32, torch.bfloat16}
+
+
+# ---------------------------------------------------------------- the shapes in configs/
+
+SHAPES = [
+    "qwen3_4b",
+    "nanbeige4_3b",
+    "qwen3_5_9b",
+    "qwen3_5_27b",
+    "nemotron_nano_4b",
+    "acereason_7b",
+    "justrl_1_5b",
+]
+
+
+def scaled(raw, tied):
+    """A published config.json made tiny: the ratios of heads, of widths and of the MLP stay, and so
+    does everything that is not a size."""
+    text = raw = {**raw, "tie_word_embeddings": tied}
+    del raw["_about"]
+    if "text_config" in raw:
+        text = raw["text_config"] = {**raw["text_config"], "tie_word_embeddings": tied}
+    factor = text["num_key_value_heads"] // 2  # two key heads are left
+    text["num_attention_heads"] //= factor
+    text["num_key_value_heads"] = 2
+    text["head_dim"] //= 8
+    for key in ("hidden_size", "intermediate_size"):
+        text[key] //= 8 * factor
+    text["vocab_size"], text["num_hidden_layers"] = 151, 2
+    text["max_position_embeddings"] = 256
+    text["initializer_range"] = 1.2 / text["hidden_size"] ** 0.5
+    if "text_config" in raw:
+        text["num_hidden_layers"] = text["full_attention_interval"]
+        for kind in ("key", "value"):
+            text[f"linear_num_{kind}_heads"] //= 8
+            text[f"linear_{kind}_head_dim"] //= 16
+        raw["vision_config"] = {**VISION, "out_hidden_size": text["hidden_size"]}
+    if text.get("rope_scaling"):  # the longest sequence is longer than this, so that it acts
+        text["rope_scaling"] = {**text["rope_scaling"], "original_max_position_embeddings": 128}
+    return raw
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shape(tmp_path, name, tied):
+    """Each policy that configs/ names, scaled down: the config as it is published and as
+    transformers writes it, logits, gradients, cached decoding and the way back."""
+    transformers = pytest.importorskip("transformers")
+    if not (ROOT / "configs" / name / "config.json").is_file():
+        pytest.skip("its config.json is not here")
+    published = json.loads((ROOT / "configs" / name / "config.json").read_text())
+    raw = scaled(published, tied)
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "config.json").write_text(json.dumps(raw))
+    kind = raw["architectures"][0]
+    if not hasattr(transformers, kind):
+        pytest.skip(f"this transformers has no {kind}")
+    theirs = from_config(transformers.AutoConfig.from_pretrained(tmp_path / "published"), kind)
+    theirs.save_pretrained(tmp_path / "m")
+    mine = M.load(tmp_path / "m", dtype=torch.float32)
+    assert mine.config == M.read_config(tmp_path / "published") and mine.config.tied == tied
+
+    big = M.read_config(ROOT / "configs" / name)  # what scaling down must keep
+    assert big.heads * mine.config.kv_heads == mine.config.heads * big.kv_heads
+    assert big.hidden * mine.config.head_dim * mine.config.heads == (
+        mine.config.hidden * big.head_dim * big.heads
+    )
+    for key in ("eps", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rope_theta", "gated"):
+        assert getattr(big, key) == getattr(mine.config, key)
+    assert big.rotary * mine.config.head_dim == mine.config.rotary * big.head_dim
+    assert bool(big.rope_scaling) == bool(mine.config.rope_scaling) == (name == "nemotron_nano_4b")
+
+    assert_same_function(mine, theirs, 151)
+    M.save(mine, tmp_path / "copy")
+    again, part = reload(tmp_path / "copy", kind), torch.randint(151, (1, 70))
+    assert all(torch.equal(again.state_dict()[name], x) for name, x in theirs.state_dict().items())
+    assert torch.equal(again(part).logits, theirs(part).logits)
+
+
+# ---------------------------------------------------------------- stored numbers
+
+GOLDEN = Path(__file__).with_name("golden_qwen3_5.safetensors")
+
+
+def make_golden(file=GOLDEN):
+    """How the stored checkpoint and its logits were made, with transformers 5.23 and torch 2.13:
+
+    cd tests && python -c "import test_model; test_model.make_golden()"
+    """
+    torch.manual_seed(0)
+    network = golden_network()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(p.bfloat16())  # stored in 16 bits, computed with in 32
+    parts = sequences(96, [7, 150])
+    config = network.config.to_dict() | {"architectures": ["Qwen3_5ForConditionalGeneration"]}
+    state = {name: p.detach().bfloat16() for name, p in network.named_parameters()}
+    with torch.no_grad():
+        for i, part in enumerate(parts):
+            state |= {f"tokens.{i}": part.int(), f"logits.{i}": alone(network, [part])}
+    save_file(state, file, metadata={"format": "pt", "config": json.dumps(config)})
+
+
+def golden_network():
+    text = {
+        **COMMON, **DELTA, **rope(1e7), "vocab_size": 96, "hidden_size": 32, "head_dim": 16,
+        "intermediate_size": 48, "tie_word_embeddings": False, "initializer_range": 0.2,
+    }  # fmt: skip
+    vision = {**VISION, "out_hidden_size": 32}
+    config = config_of("Qwen3_5Config", text_config=text, vision_config=vision)
+    return from_config(config, "Qwen3_5ForConditionalGeneration")
+
+
+def unpack_golden(folder):
+    """Write the stored checkpoint -> ([tokens], [logits])."""
+    folder.mkdir()
+    with safe_open(GOLDEN, "pt") as file:
+        (folder / "config.json").write_text(file.metadata()["config"])
+    state = load_file(GOLDEN)
+    parts, want = ([state.pop(f"{key}.{i}") for i in range(2)] for key in ("tokens", "logits"))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return [part.long() for part in parts], want
+
+
+def test_stored_golden(tmp_path):
+    """Qwen3.5 is not what transformers computed when this file was made (it is not needed now)."""
+    parts, want = unpack_golden(tmp_path / "m")
+    network = M.load(tmp_path / "m", dtype=torch.float32)
+    assert_near(logits(network, *pack(parts)), torch.cat(want), 1e-4)
+    M.save(network, tmp_path / "copy")
+    assert M.fingerprint(tmp_path / "copy") == M.fingerprint(tmp_path / "m")
+
+
+def test_stored_golden_is_current(tmp_path):
+    """The transformers installed now agrees with the stored numbers."""
+    config_of("Qwen3_5Config")
+    parts, want = unpack_golden(tmp_path / "m")
+    network = reload(tmp_path / "m", "Qwen3_5ForConditionalGeneration")
+    assert_near(alone(network, parts), torch.cat(want), 1e-4)

@@ -1,0 +1,260 @@
+"""mixing.py: packed attention and convolution against each sequence alone, and the cache of a
+Qwen3.5, whose states grow out of everything that a slot has seen."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mixing
+import model as M
+
+LENGTHS = [5, 1, 0, 2, 17, 3, 40, 0, 70]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Fresh weights and tokens every run; the seed of a failure is in its captured output. One
+    thread: tiny shapes."""
+    seed, threads = random.SystemRandom().randrange(2**31), torch.get_num_threads()
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def boundaries(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def assert_near(got, want, tolerance=1e-5):
+    """Largest difference, relative to the largest value (but at least to 1)."""
+    assert got.shape == want.shape and got.isfinite().all()
+    if want.numel():
+        error, scale = (got - want).abs().max().item(), max(1.0, want.abs().max().item())
+        assert error <= tolerance * scale, f"off by {error:.2e}, the largest value is {scale:.2e}"
+
+
+# ---------------------------------------------------------------- packed
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [2], [0], [0, 0]], ids=str)
+@pytest.mark.parametrize("taps", [2, 4])
+def test_convolve(taps, lengths):
+    """The history of a sequence must start at zeros, not in the one before it; values, and the
+    gradients of inputs and taps."""
+    C, T = 6, sum(lengths)
+    packed = mixing.Packed(boundaries(lengths), T, False)
+    x, weight = torch.randn(T, C), torch.randn(C, 1, taps)
+    g = torch.randn(T, C)
+
+    def alone(x, weight):
+        parts = [part for part in x.split(lengths) if len(part)]
+        out = [
+            F.conv1d(part.T[None], weight, padding=taps - 1, groups=C)[0, :, : len(part)].T
+            for part in parts
+        ]
+        return torch.cat(out) if parts else x * weight[:, 0].sum()
+
+    results = []
+    for function in (packed.convolve, alone):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = function(*leaves)
+        results.append((out, *torch.autograd.grad(out, leaves, g)))
+    for got, want in zip(*results, strict=True):
+        assert_near(got, want)
+
+
+@pytest.mark.parametrize("A, K", [(4, 4), (6, 2), (3, 1)])
+def test_attend(A, K):
+    """Softmax over a sequence's own earlier tokens, whatever groups its length puts it in; each
+    query head reads its own key head."""
+    D, T = 8, sum(LENGTHS)
+    packed = mixing.Packed(boundaries(LENGTHS), T, False)
+    tensors, g = [torch.randn(T, heads, D) for heads in (A, K, K)], torch.randn(T, A, D)
+
+    def alone(q, k, v):
+        out = []
+        k, v = (x.repeat_interleave(A // K, 1) for x in (k, v))
+        for q, k, v in zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True):  # noqa: B020
+            scores = torch.einsum("iad,jad->aij", q, k) / math.sqrt(D)
+            future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+            p = scores.masked_fill(future, float("-inf")).softmax(-1)
+            out.append(torch.einsum("aij,jad->iad", p, v))
+        return torch.cat(out)
+
+    results = []
+    for function, dtype in ((packed.attend, torch.float32), (alone, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out = function(*leaves)
+        results.append((out, *torch.autograd.grad(out, leaves, g.to(dtype))))
+    for got, want in zip(*results, strict=True):
+        assert_near(got, want)
+
+
+def test_positions():
+    """They restart at every sequence, empty ones included."""
+    packed = mixing.Packed(boundaries(LENGTHS), sum(LENGTHS), False)
+    assert packed.positions.tolist() == [t for n in LENGTHS for t in range(n)]
+    assert packed.longest == max(LENGTHS)
+
+
+# ---------------------------------------------------------------- the cache of a Qwen3.5
+
+
+def build(taps=4, **changes):
+    """A tiny Qwen3.5 (three DeltaNet layers, one of attention) with weights that matter."""
+    shape = {
+        **{"vocab": 64, "hidden": 24, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 8},
+        **{"eps": 1e-3, "intermediate": 20, "rotary": 2, "zero_centred": True, "gated": True},
+        **{"delta": M.Delta(2, 4, 8, 12, taps), "linear": (True, True, True, False)},
+    }
+    network = M.Transformer(M.Config(**{**shape, **changes}))
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p))
+            else:
+                p.normal_(std=1.0 if "embed" in name else 0.8 / math.sqrt(p[0].numel()))
+    return network
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=lambda taps: f"taps={taps}")
+def network(request):
+    torch.manual_seed(seed := random.SystemRandom().randrange(2**31))
+    print(f"weights: torch.manual_seed({seed})")
+    return build(request.param)
+
+
+def last(network, text):
+    """The hidden state of the last token, by the whole forward pass over this text alone."""
+    with torch.no_grad():
+        return network(text, torch.tensor([0, len(text)]))[-1]
+
+
+class Slots:
+    """A cache and the texts that its slots should hold; every step is checked."""
+
+    def __init__(self, network, slots, max_len=128):
+        self.network, self.cache = network, mixing.Cache(network, slots, max_len)
+        self.texts = [None] * slots
+        for pair in self.cache.layers:  # what an earlier tenant may have left, and worse
+            for x in pair:
+                x.fill_(1e4)
+
+    def prefill(self, prompts, prompt, slot):
+        tokens, cu_seqlens = torch.cat(prompts), boundaries([len(p) for p in prompts])
+        args = torch.tensor(prompt), torch.tensor(slot)
+        got = self.network.prefill(tokens, cu_seqlens, self.cache, *args)
+        assert_near(got, torch.stack([last(self.network, p) for p in prompts]), 1e-4)
+        for p, s in zip(prompt, slot, strict=True):
+            self.texts[s] = prompts[p]
+
+    def decode(self, count, steps=1):
+        """New tokens for the first `count` slots, other ones in each."""
+        for _ in range(steps):
+            lengths = torch.tensor([len(t) for t in self.texts[:count]])
+            new = (torch.randint(64, ()) + torch.arange(count)) % 64
+            got = self.network.decode(new, lengths, self.cache, int(lengths.max()) + 1)
+            for s in range(count):
+                self.texts[s] = torch.cat((self.texts[s], new[s : s + 1]))
+                assert_near(got[s], last(self.network, self.texts[s]), 1e-4)
+
+    def move(self, source, target):
+        longest = max(len(self.texts[s]) for s in source)
+        self.cache.move(source, target, longest)
+        for s, t in zip(source, target, strict=True):
+            self.texts[t] = self.texts[s]
+
+
+def prompts_of(lengths):
+    return [torch.randint(64, (n,)) for n in lengths]
+
+
+def test_prefill_and_decode(network):
+    """Prompts shorter than the convolution's window (1, 2 tokens), of one chunk and of several: the
+    window, the states and the keys that they leave behind continue as if never interrupted."""
+    lengths = [1, 2, 3, 4, 64, 65, 100]
+    slots = Slots(network, len(lengths))
+    order = torch.randperm(len(lengths)).tolist()
+    slots.prefill(prompts_of(lengths), list(range(len(lengths))), order)
+    slots.decode(len(lengths), steps=6)
+
+
+def test_decode_from_one_token(network):
+    """Decoding all the way, over the boundary of the chunks that the whole pass is cut into."""
+    slots = Slots(network, 1)
+    slots.prefill(prompts_of([1]), [0], [0])
+    slots.decode(1, steps=70)
+
+
+def test_shared_prompt(network):
+    """Slots that start from one prompt have copies of its states, not the states themselves: their
+    texts part at once."""
+    slots = Slots(network, 5)
+    slots.prefill(prompts_of([2, 9]), [0, 1, 0, 1, 0], [3, 0, 1, 4, 2])
+    slots.decode(5, steps=4)
+
+
+def test_reused_slots(network):
+    """Finished slots are overwritten by later ones, new prompts take the place of those: nothing of
+    an earlier tenant is left, and the others do not notice."""
+    slots = Slots(network, 5)
+    slots.prefill(prompts_of([7, 30, 2, 66, 1]), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    slots.decode(5, steps=3)
+    slots.move([4, 3], [0, 2])  # 0 and 2 are finished: the last two take their place
+    slots.decode(3, steps=2)
+    slots.prefill(prompts_of([1, 5]), [0, 1], [4, 3])  # new prompts, some shorter than the window
+    slots.decode(5, steps=3)
+    slots.prefill(prompts_of([2]), [0, 0], [1, 2])
+    slots.decode(5, steps=3)
+    slots.move([1], [0])
+    slots.decode(1, steps=2)
+
+
+def test_prefill_touches_only_its_slots(network):
+    """Prompts arrive while other slots are in the middle of a sequence."""
+    cache = mixing.Cache(network, 4, 16)
+    for pair in cache.layers:
+        for x in pair:
+            x.normal_()
+    before = [[x.clone() for x in pair] for pair in cache.layers]
+    tokens, prompt, slot = torch.randint(64, (8,)), torch.tensor([1, 0]), torch.tensor([3, 1])
+    network.prefill(tokens, boundaries([5, 3]), cache, prompt, slot)
+    for linear, old, new in zip(network.config.linear, before, cache.layers, strict=True):
+        for x, y in zip(old, new, strict=True):
+            assert torch.equal(x[[0, 2]], y[[0, 2]])
+            assert not torch.equal(x[1], y[1]) and not torch.equal(x[3], y[3])
+            if not linear:  # nor positions beyond the prompt's end
+                assert torch.equal(x[3, :, 3:], y[3, :, 3:])
+                assert torch.equal(x[1, :, 5:], y[1, :, 5:])
+
+
+def test_decode_touches_only_its_slots(network):
+    """Slots beyond the first S are finished or wait for a prompt."""
+    cache = mixing.Cache(network, 4, 16)
+    before = [[x.normal_().clone() for x in pair] for pair in cache.layers]
+    network.decode(torch.tensor([3, 7]), torch.tensor([2, 5]), cache, 6)
+    for old, new in zip(before, cache.layers, strict=True):
+        for x, y in zip(old, new, strict=True):
+            assert torch.equal(x[2:], y[2:]) and not torch.equal(x[:2], y[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["qwen3.5", "attention only", "DeltaNet only"])
+def test_bytes_per_slot(kind, dtype):
+    """The sampler fits its slots into memory by this figure: it must be what is allocated."""
+    attention = {"qwen3.5": [3], "attention only": range(4), "DeltaNet only": []}[kind]
+    linear = tuple(i not in attention for i in range(4))
+    network = build(linear=linear).to(dtype)
+    for slots, max_len in ((1, 1), (3, 50)):
+        cache = mixing.Cache(network, slots, max_len)
+        allocated = sum(x.nbytes for pair in cache.layers for x in pair)
+        stored = sum(x.untyped_storage().nbytes() for pair in cache.layers for x in pair)
+        want = slots * mixing.Cache.bytes_per_slot(network.config, max_len, dtype)
+        assert allocated == stored == want
+    states = [pair[1] for pair, delta in zip(cache.layers, linear, strict=True) if delta]
+    assert all(state.dtype == torch.float32 for state in states)  # sums of hundreds of tokens
