@@ -15,6 +15,8 @@ then on. Nothing that is fetched is ever run: no pickle, no remote code, templat
 
 import json
 import re
+import sys
+import time
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -171,12 +173,32 @@ class Tokenizer:
         messages = [{key: value for key, value in message.items() if value is not None}
                     for message in json.loads(json.dumps(messages))]
         try:
-            return _environment().from_string(self.template).render({
-                "messages": messages, "tools": None, "documents": None,
-                "add_generation_prompt": True, **self.specials, **variables})
+            with _within(10):
+                return _environment().from_string(self.template).render({
+                    "messages": messages, "tools": None, "documents": None,
+                    "add_generation_prompt": True, **self.specials, **variables})
         except (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError,
-                RecursionError) as error:
+                RecursionError, MemoryError) as error:
             raise ValueError(f"the chat template refused the conversation: {error}") from None
+
+
+@contextmanager
+def _within(seconds):
+    """ValueError once the Python code run inside takes longer. A template may loop for ever, in
+    any thread: a look at the clock at every line is the one thing that stops it.
+    """
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def look(*_):
+        if time.monotonic() > end:
+            raise ValueError(f"it takes longer than {seconds} s")
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _stop(path):
@@ -216,6 +238,17 @@ def _environment():
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context, operator, left, right):
+            sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
+            if (operator == "**" and max(sizes) > 1000
+                    or operator == "*" and hasattr(left, "__len__") != hasattr(right, "__len__")
+                    and sizes[0] * sizes[1] > 1_000_000):
+                raise SecurityError(f"{operator} makes something too large")
+            return super().call_binop(context, operator, left, right)
+
     class Namespace(utils.Namespace):
         def __init__(self, *args, **kwargs):
             super().__init__()
@@ -241,7 +274,7 @@ def _environment():
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters["tojson"] = tojson  # jinja2's own escapes HTML
     environment.globals |= {"raise_exception": raise_exception, "dict": Dict(),

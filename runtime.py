@@ -26,6 +26,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -224,21 +225,45 @@ def _toml_key(name):
 
 
 def command(main):
-    """Run a command's main(): a ValueError or a missing file becomes one clear line
-    and exit status 2. So does the loss of another rank, which has said why it stopped.
+    """Run a command's main(): bad input (ValueError), trouble with a file (OSError), too little
+    memory and the loss of another rank become one clear line and exit status 2. What is none of
+    these is a mistake of ours and keeps its traceback.
     """
     try:
         main()
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if os.environ.get("ERPD_TRACEBACK") or isinstance(error, RuntimeError) and not lost:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            text = (f"error: out of memory: {str(error).partition('. ')[0]}. Lower train.max_tokens"
+                    " (or max_tokens in an evaluation, slots or max_new_tokens in sampling); "
+                    "`python plan.py` says what fits")
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            text = "stopped: another rank is gone"
+        elif isinstance(error, RuntimeError):
             raise
-        text = "stopped: another rank is gone" if lost else f"error: {error}"
+        else:
+            text = f"error: {error}"
+        if os.environ.get("ERPD_TRACEBACK"):
+            raise
         print(f"{text}\n(ERPD_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # other ranks may be waiting in a collective: leave at once, torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Termination:
+    """What SIGTERM does: end the command at once, which loses nothing that was written; or, once a
+    training loop has begun (`deferred`), be noted, so that the loop can save its state first.
+    """
+
+    deferred = asked = False
+
+    @classmethod
+    def handle(cls, *_):
+        cls.asked = True
+        if not cls.deferred:
+            print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
+            os._exit(143)
 
 
 @dataclass(frozen=True)
@@ -264,6 +289,9 @@ class Train:
     betas: list[float] = key([0.9, 0.95], "AdamW (ours)")
     weight_decay: float = key(0.0, "AdamW (ours)")
     clip: float = key(1.0, "largest gradient norm (ours)")
+    spike: float = key(10.0, "report a step whose gradient norm is this many times the median of "
+                             "the 16 before it; 0: never (ours)")
+    skip_spikes: bool = key(False, "leave out the update of such a step")
     seed: int = key(0, "order of the prompts")
     max_tokens: int = key(32768, "tokens of a micro-batch on one rank; changes memory and speed, "
                                  "not the result")
@@ -335,6 +363,7 @@ def start(replicas=0):
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    signal.signal(signal.SIGTERM, Termination.handle)
     wait = timedelta(days=7)  # a rank that is done with its prompts waits for the slowest
     if world > 1:
         dist.init_process_group(backend, timeout=wait)
@@ -440,6 +469,18 @@ def require_finite(step, loss, grad_norm, row, logp):
                      "The last checkpoint is intact.")
 
 
+def require_reproducible(logp, old_logp):
+    """Stop if the policy, before any update, does not give the log-probs that were stored for it:
+    rho would not start at 1. Returns the mean and the largest difference.
+    """
+    difference = (logp - old_logp).abs()
+    if float(difference.mean()) > 0.01:
+        raise ValueError("before any update the policy's log-probs differ from old_logp by "
+                         f"{difference.mean():.3g} on average: the forward pass is not "
+                         "reproducible")
+    return float(difference.mean()), float(difference.max())
+
+
 # ---------------------------------------------------------------- log-probs under one checkpoint
 
 
@@ -509,7 +550,34 @@ class Run:
             durable.write_text(self.folder / "config.toml", to_toml(config))
             kept = [line for line in self._lines() if json.loads(line)["step"] <= self.first]
             durable.write_text(self.folder / "metrics.jsonl", "".join(line + "\n" for line in kept))
+        self.norms = ranks.agree([m["grad_norm"] for m in map(json.loads, self._lines())
+                                  if m.get("grad_norm") is not None])
         dist.barrier()
+
+    def stop_if_asked(self, step, model, optimizer):
+        """Between micro-batches: if any rank got SIGTERM, drop the step that has begun, save the
+        state after `step` steps and exit with status 143. A collective, on the CPU.
+        """
+        Termination.deferred = True
+        asked = torch.tensor(int(Termination.asked))
+        dist.all_reduce(asked)
+        if not asked:
+            return
+        if step > self.first:
+            self._save_state(step, model, optimizer)
+        self.ranks.print(f"stopped by SIGTERM after step {step}; the same command goes on there")
+        sys.stdout.flush()
+        os._exit(143)
+
+    def spike(self, step, norm, train):
+        """Report a gradient norm far above the recent ones; returns whether to skip the update."""
+        recent, self.norms = sorted(self.norms[-16:]), [*self.norms, norm]
+        usual = recent[len(recent) // 2] if len(recent) >= 4 else float("inf")
+        if not train.spike or norm <= train.spike * usual:
+            return False
+        self.ranks.print(f"step {step + 1}: gradient norm {norm:.3g} is {norm / usual:.0f} times "
+                         f"the usual{'; the update is left out' if train.skip_spikes else ''}")
+        return train.skip_spikes
 
     def _open(self, asked, may_change):
         file, environments = self.folder / "run.json", []

@@ -178,6 +178,7 @@ def main():
 
         total, seen = torch.zeros((), device=ranks.device), []
         for micro in micros:
+            run.stop_if_asked(step, model, optimizer)
             old_t, A = (old_logp[micro.place].to(ranks.device),
                         advantage[micro.place].to(ranks.device))  # [T]
             micro = micro.to(ranks.device)
@@ -205,7 +206,8 @@ def main():
         runtime.require_finite(step, float(total), grad_norm, row, logp)
         for group in optimizer.param_groups:
             group["lr"] = runtime.warmup(cfg.train.lr, step, cfg.train.warmup)
-        optimizer.step()
+        if not run.spike(step, grad_norm, cfg.train):
+            optimizer.step()
         optimizer.zero_grad()
 
         seconds = time.perf_counter() - began
@@ -256,6 +258,7 @@ def rescoring_noise(model, batch, kept, old_logp, ranks, temperature, train):
     place, logp, _ = current_logp(
         model, list(batch.share(rows, train.max_tokens, ranks.rank, ranks.world)),
         ranks, temperature)
+    runtime.require_reproducible(logp, old_logp[place])
     return max(float((logp - old_logp[place]).std()), 2.0 ** -23 * float(logp.abs().mean()))
 
 

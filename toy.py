@@ -281,6 +281,7 @@ def main():
         0, torch.pi, max(cfg.train.steps, 2), dtype=torch.float64)).tolist()
     began, nats, tokens_seen = time.perf_counter(), 0.0, 0
     for step in range(run.first, cfg.train.steps):
+        run.stop_if_asked(step, model, optimizer)
         tokens, cu_seqlens, scored, total = traces(
             cfg, table, tokenizer, step, ranks.rank, ranks.world)
         logp, _ = model.logp(*(x.to(ranks.device) for x in (tokens, cu_seqlens, scored)))
