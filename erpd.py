@@ -152,7 +152,8 @@ class Driver:
         began = time.perf_counter()
         result = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *launch[1:], *arguments],
-            env={"OMP_NUM_THREADS": str(threads), **os.environ})
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            preexec_fn=runtime.end_with_parent)
         if result.returncode:
             print(f"error: the command above stopped with status {result.returncode}; "
                   "run the same command again to go on", file=sys.stderr)

@@ -512,6 +512,7 @@ def main():
     if repeated := {p.name for p in listed
                     if sum(q.name == p.name and q.round == p.round for q in listed) > 1}:
         raise ValueError(f"policy names must differ: {sorted(repeated)[0]!r} stands twice")
+    runtime.lock(cfg.output, ranks)
     settings = {name: value for name, value in asdict(cfg).items()
                 if name not in ("policy", "output", "select", "plot", "slots")}
     settings["base"] = runtime.fingerprint(cfg.base, ranks)  # fetched by one rank, if need be

@@ -2,6 +2,7 @@
 
     python plan.py configs/qwen3_5_27b                  # its table, and each of its configs
     python plan.py configs/qwen3_5_27b --gpus 16
+    python stage1.py --config configs/qwen3_5_27b/stage1_mse.toml --plan    # of one command
 
 Memory of a GPU in training, for P weights over N GPUs, micro-batches of T tokens, H hidden width,
 L layers, V vocabulary, I width of the MLP, A heads of D:
@@ -35,6 +36,7 @@ import evaluate
 import hf
 import mixing
 import model as models
+import rollouts
 import runtime
 import sample
 import stage1
@@ -132,27 +134,68 @@ def hours(config, cfg, gpus, gigabytes, response):
     return forward * n * (passes * cfg.train.prompts_per_step + scored * PROMPTS)
 
 
+def needs(config, cfg, gpus=8, response=None):
+    """What a run needs: (parts of a GPU's memory in bytes, its GPUs' size in GB or None if no known
+    size is enough, hours). `response` is the mean length of responses; None: half the longest.
+    """
+    if isinstance(cfg, erpd.Config):
+        trains = runtime.read_config(stage1.Config, cfg.stage1[0].config, cfg.stage1[0].set)
+        longest = runtime.read_config(sample.Config, cfg.sample).max_new_tokens
+    else:
+        trains = cfg if isinstance(cfg, stage1.Config | stage2.Config) else None
+        longest = trains.train.max_tokens if trains else cfg.max_new_tokens
+    if trains:
+        parts = memory(config, trains.train.max_tokens, gpus)
+    else:  # weights and the cache of one longest sequence; the rest of a GPU makes it faster
+        parts = {"weights": 2 * weights(config)[0], "cache": mixing.Cache.bytes_per_slot(
+            config, cfg.max_new_tokens + PROMPT, torch.bfloat16)}
+        parts["peak"] = sum(parts.values()) + RESERVE
+    size = next((size for size in SIZES if parts["peak"] <= size * 1e9), None)
+    return parts, size, hours(config, cfg, gpus, size or SIZES[-1], response or longest // 2)
+
+
 def estimate(file, gpus=8):
     """A run config in a model's folder -> one line: GPUs, memory, hours."""
     file = Path(file)
-    config = models.read_config(file.parent)
-    response = hf.read_json(file.parent / "config.json")["_mean_response"]
-    kind = KINDS[file.stem.split("_")[0]]
-    cfg = runtime.read_config(kind, file)
-    trains = cfg if kind in (stage1.Config, stage2.Config) else None
-    if kind is erpd.Config:
-        trains = runtime.read_config(stage1.Config, cfg.stage1[0].config)
-    if trains:
-        need = memory(config, trains.train.max_tokens, gpus)["peak"]
-    else:  # weights and the cache of one longest sequence; the rest of the GPU makes it faster
-        need = 2 * weights(config)[0] + RESERVE + mixing.Cache.bytes_per_slot(
-            config, cfg.max_new_tokens, torch.bfloat16)
-    fitting = [size for size in SIZES if need <= size * 1e9]
-    if not fitting:
-        return f"{need / 1e9:.0f} GB a GPU: more than {gpus} x {SIZES[-1]} GB"
-    time = hours(config, cfg, gpus, fitting[0], response)
-    return (f"{gpus} x {fitting[0]} GB, {'' if trains else 'at least '}{need / 1e9:.0f} GB a GPU, "
-            f"{time:.1f} hours")
+    cfg = runtime.read_config(KINDS[file.stem.split("_")[0]], file)
+    parts, size, time = needs(models.read_config(file.parent), cfg, gpus, _response(file))
+    least = "at least " if "cache" in parts else ""
+    return (f"{gpus} x {size} GB, {least}{parts['peak'] / 1e9:.0f} GB a GPU, {time:.1f} hours"
+            if size else f"{parts['peak'] / 1e9:.0f} GB a GPU, more than {gpus} x {SIZES[-1]} GB")
+
+
+def describe(kind, cfg, file, gpus):
+    """The plan of one command, as text: what `--plan` prints."""
+    policy = next((getattr(cfg, name) for name in ("policy", "base")
+                   if isinstance(getattr(cfg, name, None), str)), "")
+    beside = Path(file or ".").parent
+    if isinstance(cfg, stage2.Config) and not policy and not (beside / "config.json").is_file():
+        policy = rollouts.load(cfg.batch).header["policy"]
+    if not Path(policy).is_dir() and (beside / "config.json").is_file():
+        policy = beside  # the shape without the weights: nothing need be fetched for a plan
+    elif not policy:
+        raise ValueError(f"{file}: names no policy to plan for")
+    config, response = models.read_config(policy), _response(file)
+    parts, size, time = needs(config, cfg, gpus, response)
+    lines = [f"{kind} with {weights(config)[0] / 1e9:.2f} billion weights on {gpus} GPUs "
+             "(arithmetic, not measured)",
+             "memory of a GPU, GB: " + ", ".join(
+                 f"{name} {part / 1e9:.1f}" for name, part in parts.items())
+             + f" (reserve {RESERVE / 1e9:.1f})"]
+    if isinstance(cfg, stage1.Config | stage2.Config):
+        steps = cfg.steps if isinstance(cfg, stage1.Config) else sum(s.steps for s in cfg.signal)
+        tokens = cfg.train.prompts_per_step * 16 * ((response or cfg.train.max_tokens // 2)
+                                                    + PROMPT)
+        lines.append(f"longest sequence {cfg.train.max_tokens} tokens; {steps} steps of "
+                     f"{cfg.train.prompts_per_step} prompts x 16 responses, about "
+                     f"{tokens / 1e6:.1f} million tokens a step")
+    lines.append(f"about {time:.1f} hours on {gpus} x {size} GB" if size else
+                 f"more than {gpus} x {SIZES[-1]} GB: take more GPUs, or a smaller max_tokens")
+    return "\n".join(lines)
+
+
+def _response(file):
+    return hf.read_json(Path(file or ".").parent / "config.json").get("_mean_response")
 
 
 def table(folder, gpus=8):
@@ -176,13 +219,24 @@ longest, 8 x 141 GB | cache of 32k tokens, GB |
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="+", help="folders with config.json, and run configs")
+    parser.add_argument("what", nargs="+", help="folders with config.json, and run configs; "
+                                                "or one command (stage1.py, ...)")
     parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--config", help="of a command")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], help="of a command")
     args = parser.parse_args()
+    if args.what[0].endswith(".py"):
+        kind = Path(args.what[0]).stem
+        kind = "rounds" if kind == "erpd" else kind
+        if kind not in KINDS:
+            raise ValueError(f"there is no plan for {args.what[0]}; there is one for sample.py, "
+                             "stage1.py, stage2.py, evaluate.py and erpd.py")
+        cfg = runtime.read_config(KINDS[kind], args.config, args.set)
+        return print(describe(kind, cfg, args.config, args.gpus))
     print(HEADER.replace("8 x", f"{args.gpus} x"))
-    for folder in args.folder:
+    for folder in args.what:
         print(table(folder, args.gpus))
-    for folder in args.folder:
+    for folder in args.what:
         for file in sorted(Path(folder).glob("*.toml")):
             print(f"{file}: {estimate(file, args.gpus)}")
 

@@ -17,8 +17,11 @@ Run       a folder: run.json (config, inputs, environment), config.toml, metrics
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import difflib
+import fcntl
 import gc
 import json
 import math
@@ -79,8 +82,19 @@ def parse(kind, description, argv=None):
     parser.add_argument(
         "--set", metavar="section.key=value", nargs="+", action="extend", default=[],
         help="override single keys; a value that is not TOML is taken as text")
+    parser.add_argument("--plan", action="store_true", help="print what the run would need on GPUs "
+                        "(memory, steps, tokens, hours; see plan.py) and exit")
     args = parser.parse_args(argv)
-    return read_config(kind, args.config, args.set)
+    config = read_config(kind, args.config, args.set)
+    if args.plan:
+        if int(os.environ.get("RANK", 0)) == 0:
+            program = Path(sys.argv[0])
+            arguments = [a for a in sys.argv[1:] if a != "--plan"]
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, str(program.with_name("plan.py")),
+                                      program.name, *arguments])
+        sys.exit()
+    return config
 
 
 def one_of(name, value, allowed):
@@ -266,6 +280,38 @@ class Termination:
             os._exit(143)
 
 
+def end_with_parent():
+    """Have the kernel send this process SIGTERM when the one that started it dies (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def lock(folder, ranks):
+    """Let one run at a time write into a folder; the kernel lets go when the process ends.
+
+    An earlier run that was told to stop may still be saving: wait for it. ValueError after that.
+    """
+    if ranks.rank == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / ".lock", "w")  # open until the process ends
+        for second in range(LOCK_SECONDS + 1):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if second == 0:
+                    ranks.print(f"{folder}: another run writes here; waiting for it to end")
+                if second == LOCK_SECONDS:
+                    raise ValueError(f"{folder}: another run is writing here; stop it, or choose "
+                                     "another output") from None
+                time.sleep(1)
+        _locks.append(file)
+    dist.barrier()
+
+
+LOCK_SECONDS, _locks = 120, []
+
+
 @dataclass(frozen=True)
 class Chat:
     """The [chat] section of sample.py and evaluate.py: how a problem becomes a prompt."""
@@ -364,6 +410,11 @@ def start(replicas=0):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     signal.signal(signal.SIGTERM, Termination.handle)
+    Termination.deferred = Termination.asked = False
+    while _locks:  # of a command that this process ran before
+        _locks.pop().close()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # or a killed torchrun would leave its workers writing
     wait = timedelta(days=7)  # a rank that is done with its prompts waits for the slowest
     if world > 1:
         dist.init_process_group(backend, timeout=wait)
@@ -537,8 +588,8 @@ class Run:
         """
         self.folder, self.ranks = Path(folder), ranks
         asked = {"config": dataclasses.asdict(config), "inputs": inputs}
+        lock(folder, ranks)
         if ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._open(asked, may_change)
         states = self._states()
         self.state = ranks.agree(states[-1] if states else None)
@@ -573,7 +624,7 @@ class Run:
         """Report a gradient norm far above the recent ones; returns whether to skip the update."""
         recent, self.norms = sorted(self.norms[-16:]), [*self.norms, norm]
         usual = recent[len(recent) // 2] if len(recent) >= 4 else float("inf")
-        if not train.spike or norm <= train.spike * usual:
+        if not self.ranks.agree(train.spike and norm > train.spike * usual):
             return False
         self.ranks.print(f"step {step + 1}: gradient norm {norm:.3g} is {norm / usual:.0f} times "
                          f"the usual{'; the update is left out' if train.skip_spikes else ''}")

@@ -271,6 +271,7 @@ def main():
         raise ValueError("temperature 0 (greedy) makes n equal responses without log-probs: "
                          "no batch to learn from")
 
+    runtime.lock(cfg.output, ranks)
     wanted = {"format": rollouts.FORMAT, **header}
     for file in sorted(Path(cfg.output).glob("shard-*.safetensors")):
         there = rollouts.read_header(file)
