@@ -2,9 +2,10 @@
 PYTHON ?= python3
 SEEDS ?= 1
 OUTPUT ?= runs/demo
+KILLS ?= 50
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow chaos lint clean
 
 demo: .venv/run.done
 	$(BIN)/python erpd.py --config configs/toy/erpd.toml --set seeds=$(SEEDS) output=$(OUTPUT)
@@ -14,6 +15,9 @@ test: .venv/dev.done lint
 
 test-slow: .venv/dev.done
 	$(BIN)/python -m pytest -q --runslow --durations=20
+
+chaos: .venv/dev.done
+	$(BIN)/python tests/chaos.py --kills $(KILLS)
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .

@@ -309,6 +309,11 @@ def lock(folder, ranks):
     dist.barrier()
 
 
+def unlock():
+    while _locks:
+        _locks.pop().close()
+
+
 LOCK_SECONDS, _locks = 120, []
 
 
@@ -411,8 +416,7 @@ def start(replicas=0):
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     signal.signal(signal.SIGTERM, Termination.handle)
     Termination.deferred = Termination.asked = False
-    while _locks:  # of a command that this process ran before
-        _locks.pop().close()
+    unlock()  # of a command that this process ran before
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # or a killed torchrun would leave its workers writing
     wait = timedelta(days=7)  # a rank that is done with its prompts waits for the slowest

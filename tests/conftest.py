@@ -22,6 +22,7 @@ import torch.distributed as dist  # noqa: E402
 
 import model as models  # noqa: E402
 import rollouts  # noqa: E402
+import runtime  # noqa: E402
 import toy  # noqa: E402
 
 torch.set_num_threads(1)
@@ -158,6 +159,7 @@ def run(monkeypatch):
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            runtime.unlock()
 
     return call
 
