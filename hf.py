@@ -33,7 +33,7 @@ def folder(name):
     ValueError where there is neither.
     """
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() and str(name):
         return path
     repository = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", str(name))
     if repository is None or path.parent.is_dir():  # runs/missing is a mistake, not a repository
@@ -42,16 +42,20 @@ def folder(name):
     from huggingface_hub import snapshot_download
 
     repo, revision = repository.groups()
-    wanted = {"revision": revision, "allow_patterns": FILES, "ignore_patterns": "*/*"}
+    wanted, there = {"revision": revision, "allow_patterns": FILES, "ignore_patterns": "*/*"}, None
     try:
-        there = Path(snapshot_download(repo, local_files_only=True, **wanted))
-        if weight_files(there) and (there / "config.json").is_file():
-            return there
+        cached = Path(snapshot_download(repo, local_files_only=True, **wanted))
+        if weight_files(cached) and (cached / "config.json").is_file():
+            there = cached
     except (ValueError, OSError):
         pass  # not there yet, or only in part
+    if there and (there / "tokenizer.json").is_file():
+        return there
     try:
         return Path(snapshot_download(repo, **wanted))
     except Exception as error:  # the hub's client and its transport raise many kinds
+        if there:
+            return there  # a model without tokenizer, as another tool has fetched it
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{name}: there is no such folder here, and as a repository of the "
                          f"Hugging Face Hub it could not be fetched: {reason}") from None
@@ -85,7 +89,7 @@ def weight_files(path):
     """The safetensors files of a checkpoint folder, in order. ValueError where one is missing."""
     path = Path(path)
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (path / "model.safetensors").is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             files = [path / Path(name).name for name in names]  # never out of this folder

@@ -33,11 +33,12 @@ try:
 except ImportError:
     varlen_attn = None
 
-# causal, said in the words of this torch's varlen_attn
-CAUSAL = {}
+# causal, with fewer heads of keys than of queries, said in the words of this torch's varlen_attn
+CAUSAL, GROUPED = {}, False
 if varlen_attn is not None:
-    CAUSAL = ({"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters
-              else {"window_size": (-1, 0)})
+    known = inspect.signature(varlen_attn).parameters
+    CAUSAL = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    GROUPED = "enable_gqa" in known
 
 
 class Packed:
@@ -160,7 +161,7 @@ class Decode:
         history = memory[0][:len(x)]  # [S, taps - 1, C]
         window = torch.cat((history, x[:, None]), 1)
         history.copy_(window[:, 1:])
-        return (window * weight[:, 0].T).sum(1)
+        return (window.float() * weight[:, 0].float().T).sum(1).to(x.dtype)
 
     def recall(self, q, k, v, g, beta, memory):
         return gated_delta_step(q, k, v, g, beta, memory[1][:len(q)])
@@ -169,10 +170,13 @@ class Decode:
 def attention(q, k, v, packed):
     """Causal attention within each packed sequence: q [T, A, D], k and v [T, K, D] -> [T, A, D]."""
     if not hasattr(packed, "groups"):
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [T, A, D]
+        group, options = q.shape[1] // k.shape[1], dict(CAUSAL)
+        if GROUPED:
+            options["enable_gqa"] = group > 1
+        else:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [T, A, D]
         bounds = packed.cu_seqlens.int()
-        return varlen_attn(q, k, v, bounds, bounds, packed.longest, packed.longest, **CAUSAL)
+        return varlen_attn(q, k, v, bounds, bounds, packed.longest, packed.longest, **options)
     pieces, offset = [], 0
     q, k, v = (x.index_select(0, packed.pad) for x in (q, k, v))  # [P, heads, D]
     for count, length in packed.groups:

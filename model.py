@@ -36,6 +36,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ class Config:
     qk_norm: bool = True
     rope_theta: float = 1e4
     # rope_scaling: factor, low, high, original length
-    rope_scaling: tuple[float, float, float, int] | None = None
+    rope_scaling: tuple[float, float, float, float] | None = None
     rotary: int = 0  # dimensions of a head that rotate; 0: all
     zero_centred: bool = False  # norms multiply by 1 + w
     gated: bool = False  # attention's output is gated, by a second half of q_proj
@@ -120,60 +121,76 @@ def read_config(path):
                          f"supported are {', '.join(ARCHITECTURES)}")
     raw = whole.get("text_config") or whole  # with vision, the text part lies in a section
 
-    def need(key):
-        if raw.get(key) is None:
-            raise ValueError(f"{file}: key {key!r} is missing")
-        return raw[key]
+    def get(key, kind, default=None, section=raw):
+        """A key's value, checked; null counts as absent, and without a default it must be there."""
+        value = section.get(key)
+        if value is None:
+            if default is None:
+                raise ValueError(f"{file}: key {key!r} is missing")
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or kind is int and value < 1:
+            raise ValueError(f"{file}: key {key!r} must be a {kind.__name__}"
+                             f"{' above 0' if kind is int else ''}, not {value!r:.80}")
+        return value
 
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    if not raw.get("attn_output_gate", True):
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: text_config must be an object, not {raw!r:.80}")
+    if (activation := get("hidden_act", str, "silu")) != "silu":
+        raise ValueError(f"{file}: hidden_act {activation!r} is not supported, only 'silu'")
+    if not get("attn_output_gate", bool, True):
         raise ValueError(f"{file}: attn_output_gate = false is not supported")
-    layers, layer_types = need("num_hidden_layers"), raw.get("layer_types")
-    if layer_types is None:
-        every = raw.get("full_attention_interval", 4) if kind == "qwen3_5" else 1
-        layer_types = ["linear_attention" if (i + 1) % every else "full_attention"
-                       for i in range(layers)]
-    if raw.get("use_sliding_window") or "sliding_attention" in layer_types:
+    hybrid = kind == "qwen3_5"
+    layers = get("num_hidden_layers", int)
+    every = get("full_attention_interval", int, 4) if hybrid else 1
+    layer_types = get("layer_types", list, [
+        "linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)])
+    if get("use_sliding_window", bool, False) or "sliding_attention" in layer_types:
         raise ValueError(f"{file}: sliding-window attention is not supported")
-    known = ("full_attention", "linear_attention") if kind == "qwen3_5" else ("full_attention",)
-    if len(layer_types) != layers or not set(layer_types).issubset(known):
+    known = ("full_attention", "linear_attention") if hybrid else ("full_attention",)
+    if len(layer_types) != layers or not all(t in known for t in layer_types):
         raise ValueError(f"{file}: layer_types must name one of {', '.join(known)} for each of "
                          f"{layers} layers, not {layer_types}")
+
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope = {**get("rope_scaling", dict, {}), **get("rope_parameters", dict, {})}
+    if nested := [value for value in rope.values() if isinstance(value, dict)]:
+        if len(nested) < len(rope) or any(value != nested[0] for value in nested):
+            raise ValueError(f"{file}: rope that differs between layers is not supported")
+        rope = nested[0]
+    rope = {**{key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")},
+            **{key: value for key, value in rope.items() if value is not None}}
+    rope_type = get("rope_type", str, get("type", str, "default", rope), rope)
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"{file}: rope type {rope_type!r} is not supported, "
                          "only 'default' and 'llama3'")
-    heads = need("num_attention_heads")
-    head_dim = raw.get("head_dim") or need("hidden_size") // heads
-    part = rope.get("partial_rotary_factor",
-                    raw.get("partial_rotary_factor", 0.25 if kind == "qwen3_5" else 1.0))
-    if part != 1.0 and kind != "qwen3_5":
+    part = get("partial_rotary_factor", float, 0.25 if hybrid else 1.0, rope)
+    if part != 1.0 and not hybrid:
         raise ValueError(f"{file}: partial_rotary_factor is not supported for {names[0]}")
     scaling = None
     if rope_type == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if missing := [key for key in keys if key not in rope]:
             raise ValueError(f"{file}: llama3 rope scaling lacks {', '.join(missing)}")
-        scaling = tuple(rope[key] for key in keys)
+        scaling = tuple(get(key, float, section=rope) for key in keys)
     delta = None
-    if kind == "qwen3_5":
-        delta = Delta(*(need(f"linear_{key}") for key in (
+    if hybrid:
+        delta = Delta(*(get(f"linear_{key}", int) for key in (
             "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
             "conv_kernel_dim")))
+
+    heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
+    head_dim, bias = get("head_dim", int, hidden // heads or 1), get("attention_bias", bool, False)
     return Config(
-        vocab=need("vocab_size"), hidden=need("hidden_size"), layers=layers,
-        heads=heads, kv_heads=raw.get("num_key_value_heads") or heads, head_dim=head_dim,
-        intermediate=need("intermediate_size"), eps=raw.get("rms_norm_eps", 1e-6),
-        tied=whole.get("tie_word_embeddings", raw.get("tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2" or bool(raw.get("attention_bias")),
-        o_bias=kind != "qwen2" and bool(raw.get("attention_bias")),
-        mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")),
-        qk_norm=kind in ("qwen3", "qwen3_5"),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))), rope_scaling=scaling,
-        rotary=int(head_dim * part), zero_centred=kind == "qwen3_5", gated=kind == "qwen3_5",
+        vocab=get("vocab_size", int), hidden=hidden, layers=layers, heads=heads,
+        kv_heads=get("num_key_value_heads", int, heads), head_dim=head_dim,
+        intermediate=get("intermediate_size", int), eps=get("rms_norm_eps", float, 1e-6),
+        tied=get("tie_word_embeddings", bool, get("tie_word_embeddings", bool, False), whole),
+        qkv_bias=kind == "qwen2" or bias, o_bias=kind != "qwen2" and bias,
+        mlp_bias=kind == "llama" and get("mlp_bias", bool, False),
+        qk_norm=kind in ("qwen3", "qwen3_5"), rope_theta=get("rope_theta", float, 1e4, rope),
+        rope_scaling=scaling, rotary=int(head_dim * part), zero_centred=hybrid, gated=hybrid,
         delta=delta, linear=tuple(t == "linear_attention" for t in layer_types))
 
 
@@ -371,10 +388,11 @@ class Transformer(nn.Module):
 
     def _check(self, tokens, cu_seqlens):
         """Packed input -> (cu_seqlens int64, T, whether it is computed in 16 bits on a GPU)."""
-        if (cu_seqlens.ndim != 1 or tokens.ndim != 1 or len(cu_seqlens) < 2
-                or int(cu_seqlens[-1]) != len(tokens)):
+        bounds = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
+        if (tokens.ndim != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != len(tokens)
+                or any(a > b for a, b in pairwise(bounds))):
             raise ValueError(
-                "packed input must be tokens [T] and cu_seqlens [B+1] ending in T; "
+                "packed input must be tokens [T] and cu_seqlens [B+1] rising from 0 to T; "
                 f"got tokens {list(tokens.shape)} and cu_seqlens {cu_seqlens.tolist()[:8]}")
         # under FSDP2's mixed precision the weight is the gathered, cast one
         weight = self.model.norm.weight
@@ -471,8 +489,20 @@ def load(path, *, dtype=torch.bfloat16, device="cpu", shard=None):
                 if not torch.isfinite(tensor).all():
                     raise ValueError(f"{file}: tensor {stored} holds values that are not finite")
                 target.copy_(tensor)
+    _check_spare_head(model, path)
     model.source = path
     return model
+
+
+def _check_spare_head(model, path):
+    """A tied checkpoint may carry its head a second time; another one would be dropped silently."""
+    embedding, rows = own_rows(model.model.embed_tokens.weight)
+    for file in hf.weight_files(path) if model.config.tied else ():
+        with hf.tensors(file) as tensors, torch.no_grad():
+            if "lm_head.weight" in tensors.keys() and not torch.equal(
+                    tensors.get_slice("lm_head.weight")[rows].to(embedding), embedding):
+                raise ValueError(f"{file}: lm_head.weight differs from the embedding, but "
+                                 "config.json says tie_word_embeddings: one of them is wrong")
 
 
 def own_rows(parameter):
@@ -495,6 +525,8 @@ def _sources(path, want, config):
         with hf.tensors(file) as tensors:
             for stored in tensors.keys():
                 name = own_name(stored)
+                if name in found:
+                    raise ValueError(f"{file}: tensor {stored} is there twice, under two names")
                 if name in want:
                     shape = tensors.get_slice(stored).get_shape()
                     if shape != list(want[name].shape):
@@ -507,8 +539,8 @@ def _sources(path, want, config):
     if missing := [name for name in want if name not in found]:
         raise ValueError(f"{path}: {len(missing)} tensors are missing, the first {missing[0]}")
     if unexpected:
-        raise ValueError(f"{path}: {len(unexpected)} tensors have no place in {config}, "
-                         f"the first {unexpected[0]}")
+        raise ValueError(f"{path}: {len(unexpected)} tensors have no place in this "
+                         f"architecture, the first {unexpected[0]}")
     return sources
 
 
@@ -522,7 +554,8 @@ def _spare(stored, config):
 
 def save(model, path):
     """Write `model` as a Hugging Face folder, laid out as the one it came from: the same files,
-    tensor names and dtypes, what is not run here (vision) and the tokenizer carried along.
+    tensor names and dtypes, what is not run here (vision) and the tokenizer carried along; only a
+    tied head's second copy and rope buffers are left out.
 
     Of a sharded model every rank calls this; tensors are gathered one by one and rank 0 writes,
     holding one file's worth at a time. The folder appears whole or not at all: it is written aside,
@@ -558,7 +591,7 @@ def _write(model, parameters, aside):
             durable.write_tensors(aside / file, tensors, {"format": "pt"})
             place |= dict.fromkeys(tensors, file)
             size += sum(t.nbytes for t in tensors.values())
-    if len(set(place.values())) > 1:
+    if place and set(place.values()) != {"model.safetensors"}:
         (aside / "model.safetensors.index.json").write_text(json.dumps(
             {"metadata": {"total_size": size}, "weight_map": place}, indent=2) + "\n")
 
@@ -588,18 +621,20 @@ def checkpoints(run):
 
 
 def fingerprint(path):
-    """Sixteen hex digits of what a checkpoint computes: its shape and its weights,
-    however they are sharded.
+    """Sixteen hex digits of what a checkpoint computes here: its shape and its weights,
+    however they are sharded and prefixed.
     """
     path = hf.folder(path)
-    digest = hashlib.sha256(json.dumps(asdict(read_config(path)), sort_keys=True).encode())
-    place = {}
+    config, place = read_config(path), {}
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for file in hf.weight_files(path):
         with hf.tensors(file) as tensors:
-            place |= dict.fromkeys(tensors.keys(), file)
+            place |= {own_name(stored): (file, stored) for stored in tensors.keys()
+                      if not _spare(stored, config)}
     for name in sorted(place):
-        with hf.tensors(place[name]) as tensors:
-            tensor = tensors.get_tensor(name)
+        file, stored = place[name]
+        with hf.tensors(file) as tensors:
+            tensor = tensors.get_tensor(stored)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

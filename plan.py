@@ -79,7 +79,8 @@ def memory(config, tokens, gpus):
     total, block, head = weights(config)
     parts = {"state": 16 * total // gpus, "inputs": 2 * tokens * config.hidden * config.layers,
              "block": 10 * block + kept(config, tokens), "head": 8 * head + LOGITS}
-    resident = 2 * head if config.tied else 0  # a tied head is an embedding: gathered throughout
+    # a tied head is the embedding: gathered throughout, its gradient waits for the first layer
+    resident = 4 * head if config.tied else 0
     return {**parts, "peak": parts["state"] + parts["inputs"] + RESERVE
             + max(parts["block"] + resident, parts["head"])}
 

@@ -45,6 +45,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import durable
@@ -265,21 +266,6 @@ def command(main):
         dist.destroy_process_group()
 
 
-class Termination:
-    """What SIGTERM does: end the command at once, which loses nothing that was written; or, once a
-    training loop has begun (`deferred`), be noted, so that the loop can save its state first.
-    """
-
-    deferred = asked = False
-
-    @classmethod
-    def handle(cls, *_):
-        cls.asked = True
-        if not cls.deferred:
-            print("stopped by SIGTERM; the same command goes on", file=sys.stderr, flush=True)
-            os._exit(143)
-
-
 def end_with_parent():
     """Have the kernel send this process SIGTERM when the one that started it dies (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
@@ -414,14 +400,17 @@ def start(replicas=0):
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    signal.signal(signal.SIGTERM, Termination.handle)
-    Termination.deferred = Termination.asked = False
     unlock()  # of a command that this process ran before
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # or a killed torchrun would leave its workers writing
+        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+            os._exit(143)  # it was killed before this process got here
     wait = timedelta(days=7)  # a rank that is done with its prompts waits for the slowest
     if world > 1:
-        dist.init_process_group(backend, timeout=wait)
+        store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+        store.set_timeout(wait)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
     replicas = replicas or world // per_node
@@ -591,6 +580,7 @@ class Run:
         with the difference.
         """
         self.folder, self.ranks = Path(folder), ranks
+        self.listening = self.asked = False  # for SIGTERM, and whether it came
         asked = {"config": dataclasses.asdict(config), "inputs": inputs}
         lock(folder, ranks)
         if ranks.rank == 0:
@@ -613,8 +603,10 @@ class Run:
         """Between micro-batches: if any rank got SIGTERM, drop the step that has begun, save the
         state after `step` steps and exit with status 143. A collective, on the CPU.
         """
-        Termination.deferred = True
-        asked = torch.tensor(int(Termination.asked))
+        if not self.listening:  # before this, SIGTERM just ends the process: nothing is at stake
+            self.listening = True
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        asked = torch.tensor(int(self.asked))
         dist.all_reduce(asked)
         if not asked:
             return

@@ -217,12 +217,12 @@ def chaos(folder, kills, seed, work=1.0):
                 status = process.wait(rng.uniform(1, alone / 3) if done < kills else 600)
             except subprocess.TimeoutExpired:
                 text = kill(folder, rng)
-                wait_until_gone(folder, process)
                 if text:
                     done += 1
                     log = (folder / f"{run.name}.log").read_text()
                     phase = re.findall(r"^\[([^]]+)\] torchrun", log, re.M)[-1:] or ["start"]
                     print(f"{done:3d}  {text:24s} in {phase[0]}", flush=True)
+                wait_until_gone(folder, process)
                 check_whole(run)
                 continue
             if status == 0:

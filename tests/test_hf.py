@@ -760,11 +760,8 @@ def test_mistyped_folder_is_no_repository(tmp_path, monkeypatch, hub, name):
     waits for a network, and no stranger's repository is fetched."""
     (tmp_path / "runs/x").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "runs/x" if name == "../missing" else tmp_path)
-    if name == "":  # Path("") is the working folder
-        assert hf.folder(name).is_dir()
-    else:
-        with pytest.raises(ValueError, match="no such folder"):
-            hf.folder(name)
+    with pytest.raises(ValueError, match="no such folder"):
+        hf.folder(name)  # Path("") would be the working folder
     assert not hub.calls
 
 

@@ -650,6 +650,114 @@ def test_fingerprint(tmp_path):
     assert M.fingerprint(folder) != first
 
 
+def test_one_shard_with_an_index(tmp_path):
+    """Published so by some tools; written without its index, no reader would find the weights."""
+    folder = write(tmp_path / "m")
+    name = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / name)
+    place = dict.fromkeys(load_file(folder / name), name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    M.save(M.load(folder, dtype=torch.float32), tmp_path / "copy")
+    assert sorted(f.name for f in (tmp_path / "copy").iterdir()) == [
+        "config.json",
+        name,
+        "model.safetensors.index.json",
+    ]
+    assert M.fingerprint(tmp_path / "copy") == M.fingerprint(folder)
+
+
+def test_a_second_head_must_be_the_first(tmp_path):
+    """Tied, but with a head of its own in the file: equal is harmless, other is refused."""
+    folder = write(tmp_path / "m", "qwen3", tie_word_embeddings=True)
+    before = M.fingerprint(folder)
+
+    def copy(state):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+
+    edit_tensors(folder, copy)
+    M.load(folder, dtype=torch.float32)
+    assert M.fingerprint(folder) == before
+    edit_tensors(folder, lambda state: state["lm_head.weight"][3, 2].add_(1))
+    refused(folder, "lm_head.weight", "tie_word_embeddings")
+
+
+def test_a_tensor_under_two_names(tmp_path):
+    folder = write(tmp_path / "m")
+
+    def twice(state):
+        state["model.language_model.norm.weight"] = state["model.norm.weight"].clone()
+
+    edit_tensors(folder, twice)
+    refused(folder, "norm.weight", "twice")
+
+
+def test_rope_nested_by_layer_type(tmp_path):
+    """As models with several kinds of attention write it: one rope for all is read, several are
+    refused; never is theta taken from nowhere."""
+    folder, rope = write(tmp_path / "m"), {"rope_type": "default", "rope_theta": 7e5}
+    plain = edit_config(folder, tmp_path / "a", rope_theta=None, rope_parameters=rope)
+    nested = edit_config(
+        folder, tmp_path / "b", rope_theta=None, rope_parameters={"full_attention": rope}
+    )
+    assert M.read_config(nested) == M.read_config(plain)
+    assert M.read_config(plain).rope_theta == 7e5
+    several = edit_config(
+        folder,
+        tmp_path / "c",
+        rope_parameters={"full_attention": rope, "sliding_attention": {**rope, "rope_theta": 1e4}},
+    )
+    refused(several, "config.json", "rope")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rms_norm_eps", "1e-6"),
+        ("tie_word_embeddings", "false"),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", "4"),
+        ("rope_parameters", "yarn"),
+        ("text_config", [1]),
+        ("hidden_size", 24.5),
+        ("num_hidden_layers", True),
+        ("layer_types", "full_attention"),
+        ("vocab_size", -1),
+        ("rope_theta", [1e4]),
+    ],
+)
+def test_values_of_the_wrong_kind(tmp_path, key, value):
+    """One line that names file and key; not a TypeError from deep inside, not another network."""
+    refused(edit_config(write(tmp_path / "m"), tmp_path / "x", **{key: value}), "config.json", key)
+
+
+def test_null_is_absent(tmp_path):
+    """transformers writes null for what it takes by default."""
+    folder, copy = write(tmp_path / "m", "llama"), tmp_path / "x"
+    shutil.copytree(folder, copy)
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict.fromkeys(
+        (
+            "hidden_act",
+            "partial_rotary_factor",
+            "layer_types",
+            "mlp_only",
+            "full_attention_interval",
+            "attn_output_gate",
+            "text_config",
+        )
+    )
+    config["rope_scaling"] |= {"partial_rotary_factor": None, "rope_theta": None}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert M.read_config(copy) == M.read_config(folder)
+
+
+@pytest.mark.parametrize("bounds", [[0, 4], [1, 5], [0, 3, 2, 5], [5], [0, 6]])
+def test_bounds_that_are_none(tmp_path, bounds):
+    network = M.load(write(tmp_path / "m"), dtype=torch.float32)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        network(torch.zeros(5, dtype=torch.long), torch.tensor(bounds))
+
+
 def test_rope_spellings(tmp_path):
     """theta and llama3 scaling in the words of transformers 4 (two ways) and 5 are one network;
     dropped, another."""
