@@ -20,6 +20,7 @@ everything and reports paired differences.
 import hashlib
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -33,6 +34,9 @@ import durable
 import evaluate
 import rollouts
 import runtime
+import sample
+import stage1
+import stage2
 from runtime import key, section
 
 
@@ -48,6 +52,7 @@ class Stage1:
         False, "also pick its unlearned checkpoint (steps 10-30), as 'name:unlearned'")
 
     def __post_init__(self):
+        check_name("stage1.name", self.name)
         runtime.one_of("stage1.role", self.role, ("teacher", "control"))
         runtime.one_of("stage1.select", self.select, ("best", "last"))
         if self.role == "control" and runtime.given_unread(self, {"select", "unlearned"}):
@@ -64,6 +69,18 @@ class Stage2:
         "or a checkpoint folder")
     denominator: str = key("old", "the same, or 'evolving'")
     set: list[str] = key([], "overrides, section.key=value")
+
+
+    def __post_init__(self):
+        check_name("stage2.name", self.name)
+
+
+def check_name(key, name):
+    """ValueError unless a run's name can be the name of its folder, inside its round's."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name) or name in (
+            "batch", "validation", "evaluation", "base", "old", "none", "evolving"):
+        raise ValueError(f"{key}: {name!r:.80} cannot name a folder of its own; take letters, "
+                         "digits, '_', '-' and '.'")
 
 
 @dataclass(frozen=True)
@@ -135,9 +152,9 @@ class Driver:
         self.cfg, self.log = cfg, Path(cfg.output) / "commands.jsonl"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # whole lines only: a killed driver may have left half a line
-        lines = self.log.read_text().split("\n")[:-1] if self.log.is_file() else []
-        durable.write_text(self.log, "".join(line + "\n" for line in lines))
-        self.done = {entry["key"]: entry["seconds"] for entry in map(json.loads, lines)}
+        entries = durable.read_lines(self.log, key=str, seconds=(int, float))
+        durable.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in entries))
+        self.done = {entry["key"]: entry["seconds"] for entry in entries}
 
     def run(self, phase, script, config, overrides=()):
         arguments = [script, "--config", str(config), *(["--set", *overrides] if overrides else [])]
@@ -169,6 +186,18 @@ def last_checkpoint(run):
     return str(evaluate.checkpoints(run)[-1][1])
 
 
+def check_configs(cfg):
+    """Read every config that will be needed before anything runs, filled in as it will be."""
+    runtime.read_config(sample.Config, cfg.sample, ["policy=x", "prompts=x", "output=x"])
+    for run in cfg.stage1:
+        runtime.read_config(stage1.Config, run.config,
+                            ["policy=x", "batch=x", "output=x", *run.set])
+    for run in cfg.stage2:
+        runtime.read_config(stage2.Config, run.config, [
+            "batch=x", "output=x", "signal.0.numerator=x", "signal.0.denominator=x", *run.set])
+    runtime.read_config(evaluate.Config, cfg.evaluate, ["base=x", "prompts=x", "output=x"])
+
+
 # ---------------------------------------------------------------- one seed
 
 
@@ -181,7 +210,7 @@ def run_seed(cfg, driver, seed):
     prompts, validation, test = (
         getattr(cfg, name) or f"{root}/task/prompts_{split}.jsonl" for name, split in (
             ("prompts", "train"), ("validation", "validation"), ("test", "test")))
-    template = tomllib.loads(Path(cfg.evaluate).read_text())
+    template = tomllib.loads(Path(cfg.evaluate).read_text(encoding="utf-8"))
     policy, evaluated, selection = first, [], []
     for k in range(1, cfg.rounds + 1):
         folder = root / f"round_{k}"
@@ -231,7 +260,7 @@ def score(driver, phase, template, folder, base, prompts, seed, policies, **more
               "policy": policies, **more}
     durable.write_text(folder / "evaluate.toml", runtime.to_toml(config))
     driver.run(phase, "evaluate.py", folder / "evaluate.toml")
-    return json.loads((folder / "report.json").read_text())
+    return durable.read_object(folder / "report.json", rows=list, selection=list)
 
 
 # ---------------------------------------------------------------- what came out
@@ -334,6 +363,7 @@ def finish(cfg, reports):
 def main():
     cfg = runtime.parse(Config, __doc__)
     driver = Driver(cfg)
+    check_configs(cfg)
     if cfg.expected:
         print("expected seconds a seed, on two CPU cores (start again to resume at any point):")
         for phase, seconds in cfg.expected.items():

@@ -184,6 +184,10 @@ def measure(path, cfg, ranks, rows, prompts, tokenizer):
     """
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     model = models.load(path, dtype=dtype, device=ranks.device)
+    sample.check_prompts(rows, prompts, tokenizer, model.config.vocab)
+    if (vocab := models.read_config(cfg.base).vocab) != model.config.vocab:
+        raise ValueError(f"{path}: has a vocabulary of {model.config.vocab}, the base of {vocab}: "
+                         "there is no KL between them")
     mine = list(range(ranks.rank, len(prompts), ranks.world))
     settings = [(s.name, s) for s in cfg.sampling]
     plain = untruncated(cfg)
@@ -313,8 +317,30 @@ def checkpoints(path):
 
 
 def read_metrics(folder):
-    file = Path(folder) / "metrics.jsonl"
-    return [row for _, row in rollouts.read_json_lines(file)] if file.is_file() else []
+    return durable.read_lines(Path(folder) / "metrics.jsonl", ["seconds", "p_positive"], step=int)
+
+
+def read_cells(file, cfg, prompts):
+    """What was measured of a policy before, if it is what these settings would measure."""
+    stored = durable.read_object(file, cells=dict)
+    with durable.reading(file):
+        durable.require(durable.number(stored["seconds"], 0), "seconds")
+        drawn = {s.name: s.n for s in cfg.sampling}
+        if untruncated(cfg) is None:
+            drawn["kl"] = cfg.kl_samples
+        durable.require(stored["cells"].keys() == {*drawn, "divergence"}, "other samplings")
+        for name, rows in stored["cells"].items():
+            durable.require(len(rows) == prompts, f"{name} has {len(rows)} prompts")
+            for row in rows:
+                durable.require(all(durable.number(x, 0 if key != "kl" else -1e-3)
+                                    for key, x in row.items()), f"{name} holds {row}")
+                if name == "divergence":
+                    durable.require(row["tokens"] > 0 and {"kl", "entropy"} < row.keys(), name)
+                else:
+                    durable.require(row["n"] == drawn[name] and row["right"] + row["undecided"]
+                                    <= row["n"] and row["truncated"] <= row["n"]
+                                    <= row["length"], f"{name} counts {row}")
+    return stored
 
 
 def select(rows, run, rule):
@@ -531,7 +557,7 @@ def main():
         name = hashlib.sha256(json.dumps(
             [checkpoint, settings], sort_keys=True).encode()).hexdigest()[:24]
         file = Path(cfg.output) / "cells" / f"{name}.json"
-        if not ranks.agree(file.is_file()):
+        if not ranks.agree(file.exists()):
             began = time.perf_counter()
             cells = measure(folder, cfg, ranks, rows, prompts, tokenizer)
             if ranks.rank == 0:
@@ -540,11 +566,11 @@ def main():
         dist.barrier()
         if ranks.rank:
             continue
-        stored = json.loads(file.read_text())
+        stored = read_cells(file, cfg, len(prompts))
         if success is None and plain:  # the base comes first
             success = [c["right"] / c["n"] for c in stored["cells"][plain]]
         trained = [m["seconds"] for m in read_metrics(folder.parent)
-                   if step is not None and m["step"] <= step and "seconds" in m]
+                   if step is not None and m["step"] <= step and m.get("seconds") is not None]
         report_rows.append({
             "round": entry.round, "policy": entry.name, "role": entry.role, "step": step,
             "path": str(folder), "fingerprint": checkpoint,

@@ -64,18 +64,21 @@ def folder(name):
 def read_text(file):
     """A UTF-8 text, "" where there is no such file. ValueError where it is not one."""
     try:
-        return Path(file).read_text(encoding="utf-8") if Path(file).is_file() else ""
+        return Path(file).read_text(encoding="utf-8") if Path(file).exists() else ""
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text: {error}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{file}: is a folder, where a file should be") from None
 
 
 def read_json(file):
     """A JSON object, {} where there is no such file. ValueError where it is not one."""
-    if not Path(file).is_file():
+    if not Path(file).exists():
         return {}
+    text = read_text(file)
     try:
-        data = json.loads(read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also of a number too long
         raise ValueError(f"{file}: not JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file}: must hold an object, not {type(data).__name__}")
@@ -89,28 +92,34 @@ def weight_files(path):
     """The safetensors files of a checkpoint folder, in order. ValueError where one is missing."""
     path = Path(path)
     index = path / "model.safetensors.index.json"
-    if index.is_file() and not (path / "model.safetensors").is_file():
+    if index.is_dir():
+        raise ValueError(f"{index}: is a folder, where a file should be")
+    if index.exists() and not (path / "model.safetensors").is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             files = [path / Path(name).name for name in names]  # never out of this folder
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index}: not an index of weight files ({error!r})") from None
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: not an index of weight files ({error!r:.80})") from None
+        if not files:
+            raise ValueError(f"{index}: names no weight files")
     else:
         files = [path / "model.safetensors"]
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"{path}: {file.name} is missing")
+        if len(file.name) > 255 or not file.is_file():
+            raise ValueError(f"{path}: {file.name:.80} is missing")
     return files
 
 
 @contextmanager
 def tensors(file):
     """A safetensors file, mapped into memory: only what is read of it is loaded."""
+    if Path(file).is_dir():
+        raise ValueError(f"{file}: is a folder, where a file should be")
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
+        raise ValueError(f"{file}: not a readable safetensors file: {str(error):.200}") from None
 
 
 # ---------------------------------------------------------------- text in, text out
@@ -126,7 +135,7 @@ class Tokenizer:
     def __init__(self, path):
         from tokenizers import Tokenizer as Backend
 
-        path = folder(path)
+        path = self.path = folder(path)
         try:
             self.backend = Backend.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
@@ -156,7 +165,11 @@ class Tokenizer:
         """Text -> list of ids; nothing added, unless `special` asks for what the tokenizer puts
         around a text of its own accord (a beginning-of-text token, say).
         """
-        return self.backend.encode(text, add_special_tokens=special).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # the library raises bare Exception, TypeError on half a pair
+            raise ValueError(f"{self.path}/tokenizer.json: cannot encode {text!r:.40}: "
+                             f"{str(error):.120}") from None
 
     def decode(self, ids, *, special=False):
         """Ids -> text; special tokens left out unless asked for."""
@@ -183,7 +196,9 @@ class Tokenizer:
                     "add_generation_prompt": True, **self.specials, **variables})
         except (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError,
                 RecursionError, MemoryError) as error:
-            raise ValueError(f"the chat template refused the conversation: {error}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.path}: the chat template refused the conversation: {reason}"
+                             ) from None
 
 
 @contextmanager

@@ -114,10 +114,11 @@ def read_config(path):
     if not file.is_file():
         raise ValueError(f"{path}: not a checkpoint folder (it has no config.json)")
     whole = hf.read_json(file)
-    names = whole.get("architectures") or ["(none)"]
-    kind = ARCHITECTURES.get(names[0])
+    names = whole.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    kind = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"{file}: architecture {names[0]} is not supported; "
+        raise ValueError(f"{file}: architecture {str(name):.80} is not supported; "
                          f"supported are {', '.join(ARCHITECTURES)}")
     raw = whole.get("text_config") or whole  # with vision, the text part lies in a section
 
@@ -130,9 +131,9 @@ def read_config(path):
             return default
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or kind is int and value < 1:
+        if type(value) is not kind or kind in (int, float) and not 0 < value < 1e12:
             raise ValueError(f"{file}: key {key!r} must be a {kind.__name__}"
-                             f"{' above 0' if kind is int else ''}, not {value!r:.80}")
+                             f"{' above 0' if kind in (int, float) else ''}, not {value!r:.80}")
         return value
 
     if not isinstance(raw, dict):
@@ -143,6 +144,8 @@ def read_config(path):
         raise ValueError(f"{file}: attn_output_gate = false is not supported")
     hybrid = kind == "qwen3_5"
     layers = get("num_hidden_layers", int)
+    if layers > 10_000:
+        raise ValueError(f"{file}: key 'num_hidden_layers' is {layers}, which no model has")
     every = get("full_attention_interval", int, 4) if hybrid else 1
     layer_types = get("layer_types", list, [
         "linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)])
@@ -167,7 +170,7 @@ def read_config(path):
                          "only 'default' and 'llama3'")
     part = get("partial_rotary_factor", float, 0.25 if hybrid else 1.0, rope)
     if part != 1.0 and not hybrid:
-        raise ValueError(f"{file}: partial_rotary_factor is not supported for {names[0]}")
+        raise ValueError(f"{file}: partial_rotary_factor is not supported for {name}")
     scaling = None
     if rope_type == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -181,10 +184,17 @@ def read_config(path):
             "conv_kernel_dim")))
 
     heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
+    kv_heads = get("num_key_value_heads", int, heads)
+    if heads % kv_heads or delta and delta.v_heads % delta.k_heads:
+        raise ValueError(f"{file}: num_attention_heads {heads} must be a multiple of "
+                         f"num_key_value_heads {kv_heads}, and so the linear value heads")
     head_dim, bias = get("head_dim", int, hidden // heads or 1), get("attention_bias", bool, False)
+    if int(head_dim * part) % 2 or max(get("vocab_size", int), hidden, head_dim) > 2**31:
+        raise ValueError(f"{file}: head_dim {head_dim} (of which {part:g} rotates, in pairs), "
+                         f"hidden_size {hidden} or vocab_size cannot be")
     return Config(
         vocab=get("vocab_size", int), hidden=hidden, layers=layers, heads=heads,
-        kv_heads=get("num_key_value_heads", int, heads), head_dim=head_dim,
+        kv_heads=kv_heads, head_dim=head_dim,
         intermediate=get("intermediate_size", int), eps=get("rms_norm_eps", float, 1e-6),
         tied=get("tie_word_embeddings", bool, get("tie_word_embeddings", bool, False), whole),
         qkv_bias=kind == "qwen2" or bias, o_bias=kind != "qwen2" and bias,
@@ -529,6 +539,9 @@ def _sources(path, want, config):
                     raise ValueError(f"{file}: tensor {stored} is there twice, under two names")
                 if name in want:
                     shape = tensors.get_slice(stored).get_shape()
+                    if not tensors.get_slice(stored).get_dtype().startswith(("F", "BF")):
+                        raise ValueError(f"{file}: tensor {stored} is "
+                                         f"{tensors.get_slice(stored).get_dtype()}, not floating")
                     if shape != list(want[name].shape):
                         raise ValueError(f"{file}: tensor {stored} has shape {shape}, "
                                          f"config.json asks for {list(want[name].shape)}")
@@ -625,12 +638,12 @@ def fingerprint(path):
     however they are sharded and prefixed.
     """
     path = hf.folder(path)
-    config, place = read_config(path), {}
+    config = read_config(path)
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for file in hf.weight_files(path):
-        with hf.tensors(file) as tensors:
-            place |= {own_name(stored): (file, stored) for stored in tensors.keys()
-                      if not _spare(stored, config)}
+    with torch.device("meta"):
+        want = dict(Transformer(config).named_parameters())
+    place = {own_name(stored): (file, stored)
+             for file, names in _sources(path, want, config).items() for stored in names}
     for name in sorted(place):
         file, stored = place[name]
         with hf.tensors(file) as tensors:

@@ -34,16 +34,15 @@ group.
 import argparse
 import hashlib
 import json
-import math
 import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 import durable
+import hf
 import model as models
 
 FORMAT = 1
@@ -74,27 +73,60 @@ def read_json_lines(path):
 
 
 def read_prompts(path, *, problem="problem", answer="answer"):
-    """A prompts file -> list of rows {"id", "problem" or "messages", "answer", ...}.
+    """A prompts file -> list of rows {"id", "problem" or "messages", "answer", ...}, with their
+    "place" in it.
 
     `problem` and `answer` name the file's own fields. ValueError on a row without them, or a
     repeated id.
     """
     rows, seen = [], {}
     for place, row in read_json_lines(path):
-        row = {**row, "id": str(row.get("id", len(rows)))}
+        row = {"id": len(rows), **row}
         for name, source in (("problem", problem), ("answer", answer)):
             if source in row:
                 row[name] = row[source]
             elif not (name == "problem" and "messages" in row):
                 raise ValueError(f"{path}: field {source!r} is missing ({place})")
-        row["answer"] = str(row["answer"])
+        check_row(place, row)
+        row |= {"id": str(row["id"]), "answer": str(row["answer"]), "place": place}
         if row["id"] in seen:
-            raise ValueError(f"{place}: id {row['id']!r} stands already at {seen[row['id']]}")
+            raise ValueError(f"{place}: id {row['id']!r:.80} stands already at {seen[row['id']]}")
         seen[row["id"]] = place
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no prompts")
     return rows
+
+
+def check_row(place, row):
+    """ValueError where a field of a prompt or of an imported row is there, but not what it must be.
+    """
+    def text(value):  # half of a surrogate pair is in JSON, but in no text
+        return (isinstance(value, str) and bool(value)
+                and not any("\ud800" <= c <= "\udfff" for c in value))
+
+    messages = row.get("messages")
+    for name, right, what in (
+            ("id", text(row.get("id", 0)) or type(row.get("id", 0)) is int, "text or a number"),
+            ("problem", text(row.get("problem", "x")) or "messages" in row, "text, not empty"),
+            ("answer", text(row.get("answer", "x")) or durable.number(row.get("answer")),
+             "text or a number, not empty"),
+            ("response", not row.get("response") or not isinstance(row["response"], str)
+             or text(row["response"]), "text"),
+            ("messages", "messages" not in row or isinstance(messages, list) and bool(messages)
+             and all(isinstance(m, dict) and text(m.get("role")) and isinstance(
+                 m.get("content"), str) for m in messages),
+             'a list of {"role", "content"}, not empty'),
+            ("success", durable.number(row.get("success", 0), 0, 1), "a number in [0, 1]")):
+        if not right:
+            raise ValueError(f"{place}: {name} must be {what}, not {row[name]!r:.80}")
+
+
+def check_tokens(place, tokens, vocab, path):
+    """ValueError where token ids do not fit a vocabulary: another model's tokenizer made them."""
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
+        raise ValueError(f"{place}: token {max(tokens)} is outside the vocabulary of {vocab}: "
+                         f"the tokenizer of {path} does not belong to the model")
 
 
 def prompt_tokens(tokenizer, row, template="{problem}", system="", variables=None, prefix=""):
@@ -175,15 +207,16 @@ class Batch:
         file = self._column_file(policy, temperature)
         if not file.is_file():
             return None
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                if tensors.metadata()["batch"] != self.digest:
-                    raise ValueError(f"{file}: belongs to another batch; "
-                                     "delete it to have it computed again")
-                return tensors.get_tensor("logp")
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not readable ({error}); "
-                             "delete it to have it computed again") from None
+        with durable.reading(file, "delete it to have it computed again"):
+            with hf.tensors(file) as tensors:
+                meta, logp = tensors.metadata(), tensors.get_tensor("logp")
+            durable.require(meta["batch"] == self.digest, "belongs to another batch")
+            durable.require(meta["fingerprint"] == policy and
+                            meta["temperature"] == f"{temperature:g}", "is of another checkpoint")
+            durable.require(logp.shape == self.tokens.shape and logp.dtype == torch.float32
+                            and bool(logp.isfinite().all()) and float(logp.max()) <= 0,
+                            "logp must be float32 log-probs, one a token")
+        return logp
 
     def write_column(self, policy, temperature, logp, path):
         """Keep log-probs [T] of a checkpoint beside the shards."""
@@ -304,20 +337,31 @@ class Journal:
     loses only what was in flight. Removed once the shard is written.
     """
 
-    def __init__(self, folder, number, header):
+    def __init__(self, folder, number, header, rows, n, longest, vocab):
         """`entries`: {(prompt row, sample): (tokens, logp, finished)} of an earlier start with the
         same header; a half line at the end, or another header's lines, count for nothing.
+
+        `rows` are the shard's prompts, `n`, `longest` and `vocab` bound what a response may be.
         """
         self.file = Path(folder) / f"shard-{number:05d}.journal"
         self.run = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
         self.entries = {}
-        text = self.file.read_text() if self.file.is_file() else ""
-        for line in text.split("\n")[:-1]:
-            run, row, sample, tokens, logp, finished = json.loads(line)
-            if run == self.run:
+        kept = []
+        for place, line in durable.whole_lines(self.file):
+            with durable.reading(place):
+                run, row, sample, tokens, logp, finished = line
+                kept.append(json.dumps(line) + "\n")
+                if run != self.run:
+                    continue
+                durable.require(row in rows and type(row) is type(sample) is int
+                                and 0 <= sample < n, "a response that was not asked for")
+                durable.require(0 < len(tokens) == len(logp) <= longest and all(
+                    type(t) is int and 0 <= t < vocab for t in tokens), "no response")
+                durable.require(type(finished) is bool and all(
+                    durable.number(x, high=0) for x in logp), "no log-probs")
                 self.entries[row, sample] = (tokens, logp, finished)
-        if not text.endswith("\n") and text:  # what follows must begin a line of its own
-            durable.write_text(self.file, text[:text.rfind("\n") + 1])
+        if self.file.exists():  # without half a line: what follows must begin one of its own
+            durable.write_text(self.file, "".join(kept))
 
     def add(self, row, sample, tokens, logp, finished):
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -330,13 +374,23 @@ class Journal:
 
 def read_header(file):
     """The header that a shard carries."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
+    with hf.tensors(file) as tensors:
+        try:
             header = json.loads((tensors.metadata() or {})["header"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: not a rollout shard ({error!r})") from None
+        except (KeyError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: not a rollout shard ({error!r:.120})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: not a rollout shard (its header is {header!r:.40})")
     if header.get("format") != FORMAT:
-        raise ValueError(f"{file}: batch format {header.get('format')!r}, this code reads {FORMAT}")
+        raise ValueError(f"{file}: batch format {header.get('format')!r:.40}, this code reads "
+                         f"{FORMAT}")
+    for key in ("policy", "fingerprint", "source"):
+        if not isinstance(header.get(key), str) or not header[key]:
+            raise ValueError(f"{file}: {key} of the header must be text, "
+                             f"not {header.get(key)!r:.80}")
+    if not durable.number(header.get("temperature"), 1e-6, 1e6):
+        raise ValueError(f"{file}: temperature of the header must be a number above 0, "
+                         f"not {header.get('temperature')!r:.80}")
     return header
 
 
@@ -351,10 +405,10 @@ def load(folder):
         theirs = read_header(file)
         if different := [key for key in {*header, *theirs} if header.get(key) != theirs.get(key)]:
             key = sorted(different)[0]
-            raise ValueError(f"{file}: {key} is {theirs.get(key)!r}, "
-                             f"but {header.get(key)!r} in {files[0].name}: "
+            raise ValueError(f"{file}: {key} is {theirs.get(key)!r:.80}, "
+                             f"but {header.get(key)!r:.80} in {files[0].name}: "
                              "shards of different runs lie in one folder")
-        with safe_open(file, framework="pt") as tensors:
+        with hf.tensors(file) as tensors:
             if missing := set(COLUMNS) - set(tensors.keys()):
                 raise ValueError(f"{file}: column {sorted(missing)[0]} is missing")
             parts.append({name: tensors.get_tensor(name) for name in COLUMNS})
@@ -386,7 +440,10 @@ def _check(file, part):
     if int(cu[0]) != 0 or int(cu[-1]) != T:
         raise ValueError(f"{file}: cu_seqlens must run from 0 to {T}, "
                          f"not {int(cu[0])} to {int(cu[-1])}")
+    if not N:
+        raise ValueError(f"{file}: holds no sequences")
     rows = {
+        "the prompt's number is negative": part["prompt"] < 0,
         "the response is empty": cu.diff() <= part["prompt_length"],
         "the prompt is empty": part["prompt_length"] < 1,
         "the reward lies outside [0, 1]": (part["reward"] < 0) | (part["reward"] > 1),
@@ -412,12 +469,15 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, lenient=False
     """
     import grade
 
+    if not durable.number(temperature, 1e-6, 1e6):
+        raise ValueError(f"the temperature must be a number above 0, not {temperature}")
     if shard_file(folder, 0).exists():
         raise ValueError(f"{folder}: already holds a batch; choose a new folder")
     tokenizer, vocab = models.Tokenizer(policy), models.read_config(policy).vocab
     groups, columns = {}, {name: [] for name in ("tokens", "prompt_length", "prompt", "reward",
                                                  "finished", "sampler_logp")}
     for place, row in read_json_lines(responses):
+        check_row(place, row)
         prompt = row.get("prompt_ids")
         if prompt is None and isinstance(row.get("prompt"), str):
             prompt = tokenizer.encode(row["prompt"])
@@ -425,7 +485,9 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, lenient=False
             if "problem" not in row and "messages" not in row:
                 raise ValueError(f"{place}: needs one of problem, messages, prompt, prompt_ids")
             prompt = prompt_tokens(tokenizer, row, **chat)
-        finished = bool(row.get("finished", True))
+        finished = row.get("finished", True)
+        if type(finished) is not bool:
+            raise ValueError(f"{place}: finished must be true or false, not {finished!r:.80}")
         response = row.get("response_ids")
         if response is None:
             if not isinstance(row.get("response"), str):
@@ -443,12 +505,12 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, lenient=False
             reward = grade.grade(tokenizer.decode(response), str(row["answer"]), lenient=lenient)
         elif reward is None:
             raise ValueError(f"{place}: needs reward, or answer to grade against")
-        if reward is not None and not (isinstance(reward, int | float) and 0 <= reward <= 1):
-            raise ValueError(f"{place}: reward must be a number in [0, 1], not {reward!r}")
+        if not (reward is None or type(reward) is bool or durable.number(reward, 0, 1)):
+            raise ValueError(f"{place}: reward must be a number in [0, 1], not {reward!r:.80}")
         logp = [0.0] * len(response) if row.get("logp") is None else row["logp"]
         if not isinstance(logp, list) or len(logp) != len(response) or not all(
-                isinstance(x, int | float) and math.isfinite(x) for x in logp):
-            raise ValueError(f"{place}: logp must hold {len(response)} finite numbers, "
+                durable.number(x, high=1e-3) for x in logp):  # rounding may pass 0
+            raise ValueError(f"{place}: logp must hold {len(response)} finite log-probs, "
                              "one a response token")
         columns["tokens"].append([*prompt, *response])
         columns["prompt_length"].append(len(prompt))
@@ -469,7 +531,9 @@ def show(folder, policy=None, count=3):
     (as text if a policy's tokenizer is given).
     """
     batch = load(folder)
-    tokenizer = models.Tokenizer(policy or batch.header["policy"])
+    policy = policy or batch.header["policy"]
+    tokenizer = models.Tokenizer(policy)
+    check_tokens(folder, batch.tokens.tolist(), models.read_config(policy).vocab, policy)
     print(json.dumps(batch.header, indent=2))
     reward = batch.reward.nan_to_num()
     groups = torch.unique(batch.prompt)
@@ -513,6 +577,8 @@ def main():
     bring.add_argument("--lenient", action="store_true", help="grade unboxed answers too")
     args = parser.parse_args()
     try:
+        if not isinstance(getattr(args, "variables", {}), dict):
+            raise ValueError(f"--variables must be a JSON object, not {args.variables!r:.80}")
         if args.command == "show":
             show(args.batch, args.policy, args.count)
         else:
@@ -521,7 +587,7 @@ def main():
                 lenient=args.lenient, template=args.template, system=args.system,
                 variables=args.variables, prefix=args.prefix)
             print(f"{count} rollouts written to {args.batch}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

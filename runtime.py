@@ -42,13 +42,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import durable
+import hf
 import model as models
 
 SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high",
@@ -104,6 +104,15 @@ def one_of(name, value, allowed):
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
+def in_range(name, value, *, above=None, least=None, most=None):
+    """ValueError unless a config value is a finite number within bounds."""
+    if (not math.isfinite(value) or above is not None and not value > above
+            or least is not None and value < least or most is not None and value > most):
+        bounds = [f"{word} {bound}" for word, bound in (
+            ("above", above), ("at least", least), ("at most", most)) if bound is not None]
+        raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, not {value}")
+
+
 def given_unread(section, unread):
     """Which of the keys `unread` were given a value other than their default, sorted."""
     return sorted(f.name for f in dataclasses.fields(section)
@@ -126,8 +135,8 @@ def read_config(kind, file=None, overrides=()):
             data = tomllib.loads(Path(file).read_text())
         except OSError as error:
             raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not TOML: {error}") from None
+        except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number too long
+            raise ValueError(f"{file}: not TOML: {str(error):.200}") from None
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
@@ -148,7 +157,12 @@ def read_config(kind, file=None, overrides=()):
         if not isinstance(table, dict):
             raise ValueError(f"--set {override}: {leaf} is not a key of a section")
         table[leaf] = value
-    return _build(kind, data, "", file or "command line")
+    try:
+        return _build(kind, data, "", file or "command line")
+    except ValueError as error:  # a rule over several keys knows no file
+        if file is None or str(file) in str(error):
+            raise
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _build(kind, data, prefix, file):
@@ -189,7 +203,7 @@ def _value(hint, value, name, file):
         return value
     expected = ("a section" if dataclasses.is_dataclass(hint)
                 else getattr(hint, "__name__", str(hint)))
-    raise ValueError(f"{file}: key {name} must be {expected}, not {value!r}")
+    raise ValueError(f"{file}: key {name} must be {expected}, not {value!r:.80}")
 
 
 def _describe(kind, prefix=""):
@@ -339,8 +353,12 @@ class Train:
 
     def __post_init__(self):
         for name in ("prompts_per_step", "max_tokens", "checkpoint_every", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"train.{name} must be above 0, not {getattr(self, name)}")
+            in_range(f"train.{name}", getattr(self, name), above=0)
+        for name in ("warmup", "weight_decay", "replicas", "spike", "seed"):
+            in_range(f"train.{name}", getattr(self, name), least=0)
+        in_range("train.seed", self.seed, most=2**40)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas must be two numbers in [0, 1), not {self.betas}")
 
 
 # ---------------------------------------------------------------- ranks
@@ -410,6 +428,8 @@ def start(replicas=0):
     if world > 1:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=5)))
         store.set_timeout(wait)
+        if per_node == world:  # torchrun --max-restarts keeps the store, with the dead ranks' names
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
@@ -528,6 +548,14 @@ def require_reproducible(logp, old_logp):
 # ---------------------------------------------------------------- log-probs under one checkpoint
 
 
+def require_tokens(batch, path):
+    """ValueError unless a checkpoint's vocabulary has every token of the batch."""
+    if int(batch.tokens.max()) >= (vocab := models.read_config(path).vocab):
+        raise ValueError(f"{batch.folder}: holds token {int(batch.tokens.max())}, "
+                         f"the vocabulary of {path} has {vocab}: "
+                         "another tokenizer made this batch")
+
+
 def batch_logp(batch, path, ranks, *, temperature, max_tokens):
     """log pi(y_t|s_t) of the whole batch under checkpoint `path`, by the trainer's own forward:
     [T] float32, 0 on prompts.
@@ -538,10 +566,7 @@ def batch_logp(batch, path, ranks, *, temperature, max_tokens):
     checkpoint = fingerprint(path, ranks)
     logp = batch.read_column(checkpoint, temperature)
     if ranks.agree(logp is None):
-        if int(batch.tokens.max()) >= (vocab := models.read_config(path).vocab):
-            raise ValueError(f"{batch.folder}: holds token {int(batch.tokens.max())}, "
-                             f"the vocabulary of {path} has {vocab}: "
-                             "another tokenizer made this batch")
+        require_tokens(batch, path)
         model = policy(path, ranks)
         logp = torch.zeros(len(batch.tokens), device=ranks.device)
         shares = list(batch.share(range(len(batch)), max_tokens, ranks.rank, ranks.world))
@@ -588,15 +613,14 @@ class Run:
         states = self._states()
         self.state = ranks.agree(states[-1] if states else None)
         self.first = int(self.state.name.removeprefix("step_")) if self.state else 0
-        done = self.folder / "done.json"
-        self.done = ranks.agree(done.is_file()
-                                and json.loads(done.read_text())["config"] == asked["config"])
+        self.done = ranks.agree(self._done() == asked["config"])
         if ranks.rank == 0 and not self.done:
             durable.write_text(self.folder / "config.toml", to_toml(config))
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= self.first]
-            durable.write_text(self.folder / "metrics.jsonl", "".join(line + "\n" for line in kept))
-        self.norms = ranks.agree([m["grad_norm"] for m in map(json.loads, self._lines())
-                                  if m.get("grad_norm") is not None])
+            kept = [m for m in self._metrics() if m["step"] <= self.first]
+            durable.write_text(self.folder / "metrics.jsonl",
+                               "".join(json.dumps(m) + "\n" for m in kept))
+        self.norms = ranks.agree([m["grad_norm"] for m in self._metrics()
+                                  if durable.number(m.get("grad_norm"))])
         dist.barrier()
 
     def stop_if_asked(self, step, model, optimizer):
@@ -628,8 +652,9 @@ class Run:
 
     def _open(self, asked, may_change):
         file, environments = self.folder / "run.json", []
-        if file.is_file():
-            was, done = json.loads(file.read_text()), (self.folder / "done.json").is_file()
+        if file.exists():
+            was = durable.read_object(file, config=dict, inputs=dict, environments=list)
+            done = self._done() is not None
             # a run that saved nothing binds nobody
             if done or models.checkpoints(self.folder) or self._states():
                 self._compare(was, asked, may_change)
@@ -642,23 +667,25 @@ class Run:
     def _compare(self, was, asked, may_change):
         old, new = (_flat(was["config"]) | _flat(was["inputs"]),
                     _flat(asked["config"]) | _flat(asked["inputs"]))
-        differ = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new})
+        differ = [f"{k}: {old.get(k)!r:.80} -> {new.get(k)!r:.80}" for k in sorted({*old, *new})
                   if old.get(k) != new.get(k) and k not in may_change]
         if differ:
-            raise ValueError(f"{self.folder} holds a run with other settings; "
-                             "choose another output or delete it. "
-                             f"Different: {'; '.join(differ)}")
+            raise ValueError(f"{self.folder}/run.json: {self.folder} holds a run with other "
+                             "settings; choose another output or delete it. "
+                             f"Different: {'; '.join(d[:200] for d in differ[:8])}")
 
     def _states(self):
         """Resume states, oldest first; none that is half-written."""
         return sorted(p for p in self.folder.glob("state/step_*")
                       if p.name.removeprefix("step_").isdigit())
 
-    def _lines(self):
-        """Whole lines of metrics.jsonl: a killed run may have left half a line at the end."""
-        file = self.folder / "metrics.jsonl"
-        return ([line for line in file.read_text().split("\n")[:-1] if line]
-                if file.is_file() else [])
+    def _done(self):
+        """The config that the run was finished with, or None."""
+        file = self.folder / "done.json"
+        return durable.read_object(file, config=dict)["config"] if file.exists() else None
+
+    def _metrics(self):
+        return durable.read_lines(self.folder / "metrics.jsonl", ["grad_norm"], step=int)
 
     def log(self, step, metrics, show=None):
         """One line a step to metrics.jsonl, those named in `show` (default: all) to the console.
@@ -716,31 +743,46 @@ class Run:
             return
         mesh = self.ranks.mesh
         part, parts = mesh.get_local_rank("shard"), mesh["shard"].size()
-        files = [safe_open(file, framework="pt")
-                 for file in sorted(self.state.glob("part-*.safetensors"))]
-        same = len(files) == parts
-
-        def fill(kind, name, target):
-            rows = torch.cat([f.get_tensor(f"{kind}.{name}")
-                              for f in (files[part:part + 1] if same else files)])
-            local, own = models.own_rows(target.detach())
-            local.copy_(rows if same else rows[own])
-
-        for name, parameter in model.named_parameters():
-            fill("weight", name, parameter)
-            state = {"step": files[0].get_tensor("step." + name).to(self.ranks.device),
-                     "exp_avg": torch.zeros_like(parameter),
-                     "exp_avg_sq": torch.zeros_like(parameter)}
-            fill("exp_avg", name, state["exp_avg"])
-            fill("exp_avg_sq", name, state["exp_avg_sq"])
-            optimizer.state[parameter] = state
+        names = sorted(file.name for file in self.state.glob("part-*.safetensors"))
+        count = len(names)
+        with durable.reading(self.state, "delete it, to start from the beginning"):
+            durable.require(names and names == [
+                f"part-{i:05d}-of-{count:05d}.safetensors" for i in range(count)],
+                f"its parts are {names}")
+        mine = names[part:part + 1] if count == parts else names
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(hf.tensors(self.state / name)) for name in mine]
+            for name, parameter in model.named_parameters():
+                moments = [torch.zeros_like(parameter) for _ in range(2)]
+                with durable.reading(self.state, "delete it, to start from the beginning"):
+                    for kind, target in zip(("weight", "exp_avg", "exp_avg_sq"),
+                                            (parameter, *moments), strict=True):
+                        self._fill(f"{kind}.{name}", target, files, whole=count != parts)
+                    step = files[0].get_tensor("step." + name)
+                    durable.require(step.numel() == 1 and float(step) >= 1, "step of the optimiser")
+                optimizer.state[parameter] = dict(zip(
+                    ("step", "exp_avg", "exp_avg_sq"),
+                    (step.to(self.ranks.device), *moments), strict=True))
         self.ranks.print(f"resumed from {self.state}")
+
+    @staticmethod
+    def _fill(name, target, files, whole):
+        """Copy a tensor of the state, which lies in rows over `files`, into this rank's part."""
+        local, own = models.own_rows(target.detach())
+        rows = torch.cat([file.get_tensor(name) for file in files])
+        rows = rows[own] if whole else rows
+        durable.require(rows.shape == local.shape and rows.dtype == local.dtype,
+                        f"{name} is {rows.dtype} {list(rows.shape)}, not {local.dtype} "
+                        f"{list(local.shape)}")
+        durable.require(bool(rows.isfinite().all()) and not (
+            name.startswith("exp_avg_sq.") and bool((rows < 0).any())), f"{name} holds no moments")
+        local.copy_(rows)
 
     def finish(self, **summary):
         if self.ranks.rank == 0:
-            config = json.loads((self.folder / "run.json").read_text())["config"]
+            config = durable.read_object(self.folder / "run.json", config=dict)["config"]
             durable.write_text(self.folder / "done.json",
-                       json.dumps({"config": config, **summary}, indent=2))
+                               json.dumps({"config": config, **summary}, indent=2))
 
 
 def _flat(data, prefix=""):

@@ -37,7 +37,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import durable
 import grade
+import hf
 import kernels
 import mixing
 import model as models
@@ -277,7 +279,8 @@ def main():
         there = rollouts.read_header(file)
         if differ := sorted(k for k in {*there, *wanted} if there.get(k) != wanted.get(k)):
             k = differ[0]
-            raise ValueError(f"{file}: sampled with {k} = {there.get(k)!r}, now {wanted.get(k)!r}; "
+            raise ValueError(f"{file}: sampled with {k} = {there.get(k)!r:.80}, "
+                             f"now {wanted.get(k)!r:.80}; "
                              "choose another output")
     dist.barrier()
     mine = [s for s in range(ranks.rank, len(shards), ranks.world)
@@ -293,6 +296,21 @@ def main():
               f"mean length {batch.response_length.float().mean():.1f}", flush=True)
 
 
+def check_prompts(rows, prompts, tokenizer, vocab):
+    """ValueError, before anything is sampled, where the tokenizer is not the model's or a prompt is
+    longer than what the model is made for.
+    """
+    config = hf.read_json(tokenizer.path / "config.json")
+    context = (config.get("text_config") or config).get("max_position_embeddings")
+    for row, tokens in zip(rows, prompts, strict=True):
+        rollouts.check_tokens(row["place"], tokens, vocab, tokenizer.path)
+        if durable.number(context, 1) and len(tokens) >= context:
+            raise ValueError(f"{row['place']}: the prompt has {len(tokens)} tokens, "
+                             f"and the model is made for {context}")
+    rollouts.check_tokens(f"{tokenizer.path}/generation_config.json: eos_token_id",
+                          list(tokenizer.stop), vocab, tokenizer.path)
+
+
 def collect(cfg, ranks, rows, shards, mine, header):
     """Sample, grade and write this rank's shards, each as soon as its last sequence is done."""
     tokenizer = models.Tokenizer(cfg.policy)
@@ -300,10 +318,12 @@ def collect(cfg, ranks, rows, shards, mine, header):
     model = models.load(cfg.policy, dtype=dtype, device=ranks.device)
     order = [row for s in mine for row in shards[s]]
     prompts = [rollouts.prompt_tokens(tokenizer, rows[row], **asdict(cfg.chat)) for row in order]
+    check_prompts([rows[row] for row in order], prompts, tokenizer, model.config.vocab)
     total = len(prompts) * cfg.n
     slots = cfg.slots or default_slots(model, max(map(len, prompts)) + cfg.max_new_tokens, total)
     shard_of = {row: s for s in mine for row in shards[s]}
-    journal = {s: rollouts.Journal(cfg.output, s, header) for s in mine}
+    journal = {s: rollouts.Journal(cfg.output, s, header, shards[s], cfg.n, cfg.max_new_tokens,
+                                   model.config.vocab) for s in mine}
     place = {row: p for p, row in enumerate(order)}
     earlier = [(Sequence(place[row], *entry), sample) for s in mine
                for (row, sample), entry in journal[s].entries.items()]

@@ -82,6 +82,10 @@ class Loss:
         runtime.one_of("loss.aggregate", self.aggregate, ("sum", "mean"))
         runtime.one_of("loss.kl", self.kl, losses.PENALTIES)
         runtime.check_average(self, "loss")
+        for name in ("beta", "clip_low", "clip_high", "cispo_clip", "tau_pos", "tau_neg",
+                     "negative_weight", "kl_coef"):
+            runtime.in_range(f"loss.{name}", getattr(self, name), least=0)
+        runtime.in_range("loss.entropy_coef", self.entropy_coef)
 
     @property
     def unread(self):
@@ -109,6 +113,10 @@ class Config:
     loss: Loss = section(Loss)
     train: runtime.Train = section(runtime.Train)
 
+    def __post_init__(self):
+        runtime.in_range("steps", self.steps, above=0)
+        runtime.in_range("logprob_temperature", self.logprob_temperature, least=0)
+
 
 def main():
     cfg = runtime.parse(Config, __doc__)
@@ -120,17 +128,21 @@ def main():
     reference = {"old": old, "start": cfg.policy}.get(cfg.loss.reference, cfg.loss.reference)
     inputs = {"batch": batch.digest, **{name: runtime.fingerprint(path, ranks) for name, path in (
         ("policy", cfg.policy), ("old", old), ("reference", reference))}}
-    run = runtime.Run(cfg.output, cfg, inputs, ranks, may_change=("steps",))
-    if run.done:
-        return ranks.print(f"{cfg.output}: already complete")
-
-    ranks.note_unread("loss", cfg.loss, cfg.loss.unread)
+    if inputs["old"] != batch.header["fingerprint"]:
+        raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; "
+                         "set old to the one that is")
+    runtime.require_tokens(batch, cfg.policy)
 
     # which rows are trained on: a reward the grader could not decide teaches nothing
     undecided, truncated = batch.reward.isnan(), ~batch.finished
     kept = (~undecided & ~(truncated & cfg.drop_unfinished)).nonzero()[:, 0]
     if not len(kept):
         raise ValueError(f"{cfg.batch}: no row is left to train on")
+
+    run = runtime.Run(cfg.output, cfg, inputs, ranks, may_change=("steps",))
+    if run.done:
+        return ranks.print(f"{cfg.output}: already complete")
+    ranks.note_unread("loss", cfg.loss, cfg.loss.unread)
     ranks.print(f"{len(kept)} of {len(batch)} rollouts ({int(undecided.sum())} undecided left out, "
                 f"{int(truncated.sum())} truncated{' left out' if cfg.drop_unfinished else ''}), "
                 f"mean reward {batch.reward[kept].mean():.3f}")
@@ -139,9 +151,6 @@ def main():
         ranks.print("the batch was sampled with top-p or top-k; rho = pi_theta / pi_old ignores "
                     "that truncation")
 
-    if inputs["old"] != batch.header["fingerprint"]:
-        raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; "
-                         "set old to the one that is")
     old_logp = runtime.batch_logp(
         batch, old, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
     if batch.header["source"] == "sample" and temperature == batch.temperature:

@@ -54,6 +54,7 @@ class Signal:
 
     def __post_init__(self):
         runtime.one_of("signal.keep", self.keep, ("both", "positive", "negative"))
+        runtime.in_range("signal.steps", self.steps, above=0)
         if self.numerator == "evolving":
             raise ValueError("signal.numerator cannot be 'evolving'; "
                              "the current policy can only be the denominator")
@@ -74,6 +75,9 @@ class Trust:
     def __post_init__(self):
         runtime.one_of("trust.kl", self.kl, losses.PENALTIES)
         runtime.check_average(self, "trust")
+        for name in ("clip_low", "clip_high", "kl_coef"):
+            runtime.in_range(f"trust.{name}", getattr(self, name), least=0)
+        runtime.in_range("trust.entropy_coef", self.entropy_coef)
 
     @property
     def unread(self):
@@ -100,6 +104,7 @@ class Config:
         if not self.signal:
             raise ValueError("at least one [[signal]] section is needed, "
                              "with its numerator and denominator")
+        runtime.in_range("logprob_temperature", self.logprob_temperature, least=0)
 
 
 def main():
@@ -113,12 +118,13 @@ def main():
         "old", "evolving", "none"}
     inputs = {"policy": runtime.fingerprint(old, ranks), "batch": batch.digest,
               **{name: runtime.fingerprint(name, ranks) for name in sorted(names)}}
-    run = runtime.Run(cfg.output, cfg, inputs, ranks)
-    if run.done:
-        return ranks.print(f"{cfg.output}: already complete")
     if inputs["policy"] != batch.header["fingerprint"]:
         raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; "
                          "set policy to the one that is")
+    runtime.require_tokens(batch, old)
+    run = runtime.Run(cfg.output, cfg, inputs, ranks)
+    if run.done:
+        return ranks.print(f"{cfg.output}: already complete")
 
     ranks.note_unread("trust", cfg.trust, cfg.trust.unread)
 

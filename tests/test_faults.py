@@ -169,11 +169,12 @@ def test_a_finished_response_is_never_sampled_again(run, tmp_path, policy, monke
 
 
 def test_another_runs_journal_is_not_ours(tmp_path):
-    header = {"seed": 1}
-    journal = rollouts.Journal(tmp_path, 0, header)
+    header, bounds = {"seed": 1}, ([3], 1, 9, 9)
+    journal = rollouts.Journal(tmp_path, 0, header, *bounds)
     journal.add(3, 0, [1, 2], [-0.5, -0.25], True)
-    assert rollouts.Journal(tmp_path, 0, header).entries == {(3, 0): ([1, 2], [-0.5, -0.25], True)}
-    assert not rollouts.Journal(tmp_path, 0, {"seed": 2}).entries
+    again = rollouts.Journal(tmp_path, 0, header, *bounds)
+    assert again.entries == {(3, 0): ([1, 2], [-0.5, -0.25], True)}
+    assert not rollouts.Journal(tmp_path, 0, {"seed": 2}, *bounds).entries
 
 
 # ---------------------------------------------------------------- disks

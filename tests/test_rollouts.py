@@ -16,7 +16,8 @@ import model as models
 import rollouts as R
 import toy
 
-HEADER = {"policy": "p", "fingerprint": "0123456789abcdef", "temperature": 1.0, "seed": 0}
+HEADER = {"policy": "p", "fingerprint": "0123456789abcdef", "temperature": 1.0, "seed": 0,
+          "source": "import"}
 ROWS = {  # three sequences of 3 + 2, 2 + 1 and 1 + 4 tokens
     "tokens": [[5, 6, 7, 8, 1], [5, 9, 10], [11, 12, 13, 14, 1]], "prompt_length": [3, 2, 1],
     "prompt": [4, 4, 9], "reward": [1.0, None, 0.25], "finished": [True, False, True],
@@ -72,8 +73,10 @@ def test_prompts_are_read(tmp_path):
     file = lines(tmp_path / "p.jsonl", {"question": "1+1", "gold": 2, "level": 5}, "",
                  {"id": 7, "question": "2+2", "gold": "4"})
     assert R.read_prompts(file, problem="question", answer="gold") == [
-        {"question": "1+1", "gold": 2, "level": 5, "id": "0", "problem": "1+1", "answer": "2"},
-        {"id": "7", "question": "2+2", "gold": "4", "problem": "2+2", "answer": "4"}]
+        {"question": "1+1", "gold": 2, "level": 5, "id": "0", "problem": "1+1", "answer": "2",
+         "place": f"{file}, line 1"},
+        {"id": "7", "question": "2+2", "gold": "4", "problem": "2+2", "answer": "4",
+         "place": f"{file}, line 3"}]
 
 
 def test_prompts_may_be_conversations(tmp_path, policy):
@@ -377,7 +380,7 @@ def test_a_damaged_column_is_named(tmp_path):
     batch.write_column("aa", 1.0, torch.zeros(13), "runs/teacher")
     file = tmp_path / "logp.aa.t1.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"logp\.aa\.t1\.safetensors: not readable.*delete it"):
+    with pytest.raises(ValueError, match=r"logp\.aa\.t1\.safetensors: not a readable.*delete it"):
         batch.read_column("aa", 1.0)
 
 
