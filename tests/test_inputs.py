@@ -462,7 +462,6 @@ def test_shard_cut_anywhere(copied_batch):
             rollouts.load(copied_batch)
 
 
-NO_DEVICE = "safetensors says 'No such device (os error 19)' and no name"
 
 
 @pytest.mark.parametrize("name", [SHARD, "shard-00001.safetensors"])
