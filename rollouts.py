@@ -214,7 +214,7 @@ class Batch:
             durable.require(meta["fingerprint"] == policy and
                             meta["temperature"] == f"{temperature:g}", "is of another checkpoint")
             durable.require(logp.shape == self.tokens.shape and logp.dtype == torch.float32
-                            and bool(logp.isfinite().all()) and float(logp.max()) <= 0,
+                            and bool(logp.isfinite().all()) and float(logp.max()) <= 1e-3,
                             "logp must be float32 log-probs, one a token")
         return logp
 
@@ -358,7 +358,7 @@ class Journal:
                 durable.require(0 < len(tokens) == len(logp) <= longest and all(
                     type(t) is int and 0 <= t < vocab for t in tokens), "no response")
                 durable.require(type(finished) is bool and all(
-                    durable.number(x, high=0) for x in logp), "no log-probs")
+                    durable.number(x, high=1e-3) for x in logp), "no log-probs")
                 self.entries[row, sample] = (tokens, logp, finished)
         if self.file.exists():  # without half a line: what follows must begin one of its own
             durable.write_text(self.file, "".join(kept))
