@@ -11,10 +11,18 @@ evaluate; in rounds.
 
 Every command is printed before it runs and works when typed by hand. A command that has completed
 is not run again, a stopped one goes on where it stopped: start erpd.py again. `seeds` repeats
-everything and reports paired differences.
+everything and reports paired differences. Configs with the same `output` share what they have in
+common: task, batch, runs of the same name, samples.
+
+A run is named by `name` (a teacher's selected, else the last checkpoint), `name@16` (a step),
+`name:unlearned` (rule of evaluate.py); with `~1` behind it, the one of a round before. Instead of
+`rounds` and `next`, [[path]] sections say for each round which run the next one starts from:
+several paths part after the first round, in which every run is run; later ones run what their
+path needs.
 
     python erpd.py --config configs/toy/erpd.toml                  # the demo (make demo)
     python erpd.py --config configs/toy/erpd.toml --set seeds=3    # the demo, three times
+    python erpd.py --config configs/toy/paper/table1.toml          # a table of the paper
 """
 
 import hashlib
@@ -29,13 +37,16 @@ import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import claims
 import durable
 import evaluate
 import results
 import rollouts
 import runtime
 import sample
+import sharpen
 import stage1
 import stage2
 from runtime import key, section
@@ -51,6 +62,11 @@ class Stage1:
         "last", "rule that picks the teacher's checkpoint on validation prompts: best or last")
     unlearned: bool = key(
         False, "also pick its unlearned checkpoint (steps 10-30), as 'name:unlearned'")
+    start: str = key("", "a run listed before it, to train on from (recovery of an unlearned "
+                         "policy); empty: pi_old")
+    carry: bool = key(False, "in later rounds take over the optimiser state of the same run's "
+                             "round before (an on-policy phase: rounds of one step)")
+    sample: list[str] = key([], "overrides of sample.py's config in later rounds that end in it")
 
     def __post_init__(self):
         check_name("stage1.name", self.name)
@@ -62,26 +78,49 @@ class Stage1:
 
 
 @dataclass(frozen=True)
+class Signal:
+    numerator: str = key(help="a run (see above), 'old', 'none' or a checkpoint folder")
+    denominator: str = key("old", "the same, or 'evolving'")
+    set: list[str] = key([], "overrides of the signal's other keys: steps=16")
+
+
+@dataclass(frozen=True)
 class Stage2:
     name: str = key(help="name of the run")
     config: str = key(help="stage2.py's config, with one [[signal]]")
-    numerator: str = key(
-        help="a stage-1 run (its selected checkpoint), 'run:unlearned', 'old', 'none' "
-        "or a checkpoint folder")
+    numerator: str = key(help="a run (see above), 'old', 'none' or a checkpoint folder")
     denominator: str = key("old", "the same, or 'evolving'")
+    then: list[Signal] = key([], "signals that follow on the same student (teacher ensembles)")
     set: list[str] = key([], "overrides, section.key=value")
-
 
     def __post_init__(self):
         check_name("stage2.name", self.name)
+
+    @property
+    def signals(self):
+        return [Signal(self.numerator, self.denominator), *self.then]
 
 
 def check_name(key, name):
     """ValueError unless a run's name can be the name of its folder, inside its round's."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name) or name in (
-            "batch", "validation", "evaluation", "base", "old", "none", "evolving"):
+            "batch", "validation", "evaluation", "base", "sharpened", "old", "none", "evolving"):
         raise ValueError(f"{key}: {name!r:.80} cannot name a folder of its own; take letters, "
                          "digits, '_', '-' and '.'")
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """[[path]]: which run each next round starts from."""
+
+    name: str = key(help="name of the path, of its folder and before its runs' names")
+    runs: list[str] = key(help="the run that each round is for and the next one starts from: "
+                               "'ce', 'ce@32', 'online*10' for ten rounds")
+
+    @property
+    def goals(self):
+        return [run for text in self.runs for run, _, times in [text.partition("*")]
+                for _ in range(int(times or 1))]
 
 
 @dataclass(frozen=True)
@@ -106,65 +145,120 @@ class Config:
     prompts: str = key("", "training prompts, JSONL")
     validation: str = key("", "validation prompts, JSONL: checkpoints are selected on them")
     test: str = key("", "test prompts, JSONL")
+    report: str = key("", "folder of report.json, report.md, plot.png; empty: output")
+    record: str = key("", "JSON-lines file that every finished seed is appended to (claims.py)")
     rounds: int = key(1, "fresh batches")
     next: str = key(
         "", "run whose last (stage 2) or selected (stage 1) checkpoint starts the next round")
-    seeds: int = key(1, "repetitions, with seeds 0, 1, ...")
+    path: list[Rounds] = key([], "[[path]] sections, in the place of rounds and next")
+    evaluate_every: int = key(1, "rounds between evaluations; the last of a path always has one")
+    seeds: int = key(1, "repetitions, with seeds first_seed, first_seed + 1, ...")
+    first_seed: int = key(0, "several machines can share the work")
     processes: int = key(1, "ranks of every command: GPUs of the machine, or CPU cores")
+    sharpened: list[float] = key(
+        [], "temperatures at which the first policy itself is a control, 'sharpened'")
     stage1: list[Stage1] = key([], "[[stage1]] sections: teachers and controls")
     stage2: list[Stage2] = key([], "[[stage2]] sections: students")
     check: Check = section(Check)
+    claim: list[claims.Claim] = key([], "[[claim]] sections: what is held against the rows, "
+                                        "written down before they are known")
     expected: dict[str, float] = key(
         {}, "seconds that each phase is expected to take, printed at the start")
 
     def __post_init__(self):
         if not self.task and not all((self.policy, self.prompts, self.validation, self.test)):
             raise ValueError("give task, or all of policy, prompts, validation and test")
-        if self.rounds > 1 and self.next not in [r.name for r in (*self.stage1, *self.stage2)]:
-            raise ValueError("rounds > 1 need next, the run to go on from; "
-                             f"{self.next!r} is none of the runs")
         names = [r.name for r in (*self.stage1, *self.stage2)]
-        if repeated := [n for n in names if names.count(n) > 1 or n == "base"]:
+        if self.rounds > 1 and (self.next not in names or self.path):
+            raise ValueError("rounds > 1 need next, the run to go on from, and no [[path]]; "
+                             f"{self.next!r} is none of the runs")
+        for name in ("rounds", "evaluate_every", "seeds", "processes"):
+            runtime.in_range(name, getattr(self, name), least=1)
+        runtime.in_range("first_seed", self.first_seed, least=0)
+        if repeated := [n for n in names if names.count(n) > 1]:
             raise ValueError(f"the name {repeated[0]!r} is used already; every run needs its own")
+        for path in self.path:
+            check_name("path.name", path.name)
+            for text in path.runs:
+                run, _ = re.fullmatch(r"(.*?)(\*[1-9][0-9]{0,5})?", text, flags=re.S).groups()
+                if split(run)[0] not in names or split(run)[3]:
+                    raise ValueError(f"path {path.name}: {text!r:.80} is none of the runs")
+        if len({path.name for path in self.path} | set(names)) < len(self.path) + len(names):
+            raise ValueError("the names of paths must differ, from those of runs, too")
         if self.check.student and (
                 self.check.student not in [r.name for r in self.stage2]
                 or self.check.teacher not in [r.name for r in self.stage1 if r.role == "teacher"]):
             raise ValueError("check.student must name a [[stage2]] run and check.teacher a "
                              f"[[stage1]] run of role teacher, not {self.check.student!r} and "
                              f"{self.check.teacher!r}")
-        teachers = [r for r in self.stage1 if r.role == "teacher"]
-        runs = {r.name for r in teachers} | {f"{r.name}:unlearned" for r in teachers if r.unlearned}
-        for run in self.stage2:
-            for side in (run.numerator, run.denominator):
-                if side not in runs | {"old", "none", "evolving"} and not Path(side).exists():
-                    raise ValueError(f"stage2 {run.name}: {side!r} is neither a teacher of "
-                                     "[[stage1]] nor a checkpoint folder")
+        unlearned = {r.name for r in self.stage1 if r.unlearned}
+        for run in (*self.stage1, *self.stage2):
+            for ref in references(run):
+                name, rule, _, back = split(ref)
+                before = names[:names.index(run.name)] if not back else names
+                if ref not in ("old", "none", "evolving") and not Path(ref).exists() and (
+                        name not in before or rule and name not in unlearned):
+                    raise ValueError(f"{run.name}: {ref!r} is neither a run listed before it "
+                                     "(with `unlearned = true` for ':unlearned') nor a "
+                                     "checkpoint folder")
+
+    @property
+    def paths(self):
+        """[(name, the run that each round is for)]; the only path of `rounds` has no name."""
+        return [(p.name, p.goals) for p in self.path] or [("", [self.next] * self.rounds)]
+
+
+def split(ref):
+    """'mse@16~1' -> (run, rule or None, step or None, rounds back); a folder's name is no run."""
+    run, rule, step, back = re.fullmatch(
+        r"(.*?)(?:(:unlearned)|@([0-9]{1,9}))?(?:~([0-9]{1,5}))?", ref, flags=re.S).groups()
+    return run, rule, step and int(step), int(back or 0)
+
+
+def references(run):
+    """The checkpoints that a run is made of, as its config names them."""
+    if isinstance(run, Stage1):
+        return [run.start] if run.start else []
+    return [side for s in run.signals for side in (s.numerator, s.denominator)]
+
+
+def needed(cfg, goal):
+    """The runs of a round that `goal` is made of, itself included, in order."""
+    wanted = {split(goal)[0]}
+    for run in reversed((*cfg.stage1, *cfg.stage2)):
+        if run.name in wanted:
+            wanted |= {name for name, _, _, back in map(split, references(run)) if not back}
+    return wanted
 
 
 # ---------------------------------------------------------------- running commands
 
 
 class Driver:
-    """Prints and runs commands; remembers in commands.jsonl those that completed,
+    """Prints and runs commands; remembers in commands.jsonl those of a seed that completed,
     by command and config file.
     """
 
-    def __init__(self, cfg):
-        self.cfg, self.log = cfg, Path(cfg.output) / "commands.jsonl"
+    def __init__(self, cfg, folder):
+        self.cfg, self.log = cfg, Path(folder) / "commands.jsonl"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # whole lines only: a killed driver may have left half a line
         entries = durable.read_lines(self.log, key=str, seconds=(int, float))
         durable.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in entries))
         self.done = {entry["key"]: entry["seconds"] for entry in entries}
+        self.seconds = {}  # of this config's phases
 
     def run(self, phase, script, config, overrides=()):
-        arguments = [script, "--config", str(config), *(["--set", *overrides] if overrides else [])]
+        arguments = [script, *(["--config", str(config)] if config else []),
+                     *(["--set", *overrides] if overrides else [])]
         launch = ["torchrun", "--standalone", "--nproc-per-node", str(self.cfg.processes)]
         identity = hashlib.sha256(json.dumps(
-            [launch, arguments, Path(config).read_text()]).encode()).hexdigest()[:24]
+            [launch, arguments, Path(config).read_text() if config else ""]
+        ).encode()).hexdigest()[:24]
         print(f"\n[{phase}] {shlex.join(launch + arguments)}", flush=True)
         if identity in self.done:
             print(f"[{phase}] done before, in {self.done[identity]:.0f} s", flush=True)
+            self._count(phase, self.done[identity])
             return
         threads = max(1, (os.cpu_count() or 1) // self.cfg.processes)
         began = time.perf_counter()
@@ -181,21 +275,33 @@ class Driver:
             file.write(json.dumps({"key": identity, "phase": phase, "seconds": seconds,
                                    "arguments": arguments}) + "\n")
         print(f"[{phase}] {seconds:.0f} s", flush=True)
+        self._count(phase, seconds)
 
-
-def last_checkpoint(run):
-    return str(evaluate.checkpoints(run)[-1][1])
+    def _count(self, phase, seconds):
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 def check_configs(cfg):
     """Read every config that will be needed before anything runs, filled in as it will be."""
     runtime.read_config(sample.Config, cfg.sample, ["policy=x", "prompts=x", "output=x"])
+    kept = {}
     for run in cfg.stage1:
-        runtime.read_config(stage1.Config, run.config,
-                            ["policy=x", "batch=x", "output=x", *run.set])
+        c = runtime.read_config(stage1.Config, run.config,
+                                ["policy=x", "batch=x", "output=x", *run.set])
+        kept[run.name] = steps_kept(c.train, c.steps)
+        runtime.read_config(sample.Config, cfg.sample,
+                            ["policy=x", "prompts=x", "output=x", *run.sample])
     for run in cfg.stage2:
-        runtime.read_config(stage2.Config, run.config, [
-            "batch=x", "output=x", "signal.0.numerator=x", "signal.0.denominator=x", *run.set])
+        c = runtime.read_config(stage2.Config, run.config,
+                                ["batch=x", "output=x", *signal_overrides(run), *run.set])
+        kept[run.name] = steps_kept(c.train, sum(s.steps for s in c.signal))
+    for run in (*cfg.stage1, *cfg.stage2):
+        for name, _, step, _ in map(split, references(run)):
+            if step is not None and name in kept and step not in kept[name]:
+                raise ValueError(f"{run.name}: {name} keeps no checkpoint of step {step}; "
+                                 "see its train.checkpoint_at and train.checkpoint_every")
+    if cfg.sharpened:
+        sharpen.Config("x", "x", cfg.sharpened)
     runtime.read_config(evaluate.Config, cfg.evaluate, [
         "base=x", "prompts=x", "benchmark=[]", "compare=[]", "output=x"])
     template = tomllib.loads(Path(cfg.evaluate).read_text(encoding="utf-8"))
@@ -204,11 +310,33 @@ def check_configs(cfg):
               "on `validation` and `test`", flush=True)
 
 
+def steps_kept(train, steps):
+    """Steps of which a run keeps a checkpoint."""
+    every = range(train.checkpoint_every, steps + 1, train.checkpoint_every)
+    return {*every, *train.checkpoint_at, steps}
+
+
+def signal_overrides(run, checkpoint=lambda ref: ref):
+    """A [[stage2]] section's signals, for stage2.py."""
+    return [f"signal.{i}.{text}" for i, s in enumerate(run.signals) for text in (
+        f"numerator={checkpoint(s.numerator)}", f"denominator={checkpoint(s.denominator)}",
+        *s.set)]
+
+
 # ---------------------------------------------------------------- one seed
 
 
+class Round(NamedTuple):
+    """What a round left behind."""
+
+    folder: Path
+    chosen: dict[str, str]  # selected checkpoints: of each teacher, and 'teacher:unlearned'
+    rows: dict[str, dict]  # of each run its [[policy]] section for evaluate.py
+    selection: list[dict]
+
+
 def run_seed(cfg, driver, seed):
-    """All rounds of one seed -> report of the last evaluation, with the rows of all rounds."""
+    """All rounds of one seed -> report of all that is evaluated, with the rows of all rounds."""
     root = Path(cfg.output) / f"seed_{seed}"
     if cfg.task:
         driver.run("task", "toy.py", cfg.task, [f"output={root}/task", f"seed={seed}"])
@@ -217,47 +345,99 @@ def run_seed(cfg, driver, seed):
         getattr(cfg, name) or f"{root}/task/prompts_{split}.jsonl" for name, split in (
             ("prompts", "train"), ("validation", "validation"), ("test", "test")))
     template = tomllib.loads(Path(cfg.evaluate).read_text(encoding="utf-8"))
-    policy, evaluated, selection = first, [], []
-    for k in range(1, cfg.rounds + 1):
-        folder = root / f"round_{k}"
-        batch = f"batch={folder}/batch"
-        driver.run("sample", "sample.py", cfg.sample, [
-            f"policy={policy}", f"prompts={prompts}", f"output={folder}/batch",
-            f"seed={1000 * seed + k}"])
-        for run in cfg.stage1:
-            driver.run(f"stage1 {run.name}", "stage1.py", run.config, [
-                f"policy={policy}", batch, f"output={folder}/{run.name}", f"train.seed={seed}",
-                *run.set])
+    template["samples"] = f"{root}/samples"
+    reports = (Path(cfg.report) if cfg.report else Path(cfg.output)) / f"seed_{seed}"
+    evaluated, selection = [], []
+    if cfg.sharpened:
+        driver.run("sharpen", "sharpen.py", "", [
+            f"policy={first}", f"output={root}/sharpened", f"temperatures={cfg.sharpened}"])
+        evaluated.append({"name": "sharpened", "path": f"{root}/sharpened", "role": "control",
+                          "round": 1})
+    opening, report = None, None
+    for name, goals in cfg.paths:
+        rounds = []
+        for k, goal in enumerate(goals, 1):
+            at = Path(name if k > 1 else "", f"round_{k}")
+            policy = first if k == 1 else checkpoint(goals[k - 2], rounds)
+            here = opening if k == 1 and opening else one_round(
+                cfg, driver, seed, k, goal if k > 1 else None, root / at, policy, prompts, rounds,
+                lambda rows, rules, at=at: score(
+                    driver, "validation", template, reports / at / "validation", first,
+                    validation, seed, rows, sampling=template["sampling"][:1], select=rules,
+                    plot=False)["selection"])
+            rounds.append(here)
+            if here is opening:
+                continue
+            opening = opening or here
+            prefix = f"{name}." if name and k > 1 else ""
+            selection += [{**s, "round": k, "run": prefix + s["run"]} for s in here.selection]
+            if k % cfg.evaluate_every == 0 or k in (1, len(goals)):
+                evaluated += [{**row, "name": prefix + row["name"]} for row in here.rows.values()]
+                report = score(driver, "evaluate", template, reports / at / "evaluation", first,
+                               test, seed, evaluated)
+    return {**report, "selection": selection, "wall": driver.seconds}
 
-        chosen = {}
-        teachers = [run for run in cfg.stage1 if run.role == "teacher"]
-        if teachers:
-            rules = [(run.name, rule) for run in teachers
-                     for rule in (run.select, "unlearned")[:2 if run.unlearned else 1]]
-            report = score(
-                driver, "validation", template, folder / "validation", first, validation, seed,
-                [{"name": run.name, "path": f"{folder}/{run.name}", "role": "teacher", "round": k}
-                 for run in teachers],
-                sampling=template["sampling"][:1],
-                select=[{"run": name, "rule": rule} for name, rule in rules], plot=False)
-            selection += [{"round": k, **s} for s in report["selection"]]
-            chosen = {s["run"] + (":unlearned" if s["rule"] == "unlearned" else ""): s["path"]
-                      for s in report["selection"]}
-        for run in cfg.stage2:
-            pair = [chosen.get(side, side) for side in (run.numerator, run.denominator)]
+
+def one_round(cfg, driver, seed, k, goal, folder, policy, prompts, before, select):
+    """Sample, train teachers, select, train students. `goal`: the run that the round is for;
+    None: all of them. select(rows, rules): teachers' checkpoints on validation prompts.
+    """
+    batch, rounds = f"batch={folder}/batch", [*before, None]
+    wanted = needed(cfg, goal) if goal else {
+        run.name for run in (*cfg.stage1, *cfg.stage2)
+        if not any(split(ref)[3] for ref in references(run))}  # no round lies before the first
+    goal = next((run for run in cfg.stage1 if goal and run.name == split(goal)[0]), None)
+    driver.run("sample", "sample.py", cfg.sample, [
+        f"policy={policy}", f"prompts={prompts}", f"output={folder}/batch",
+        f"seed={1000 * seed + k}", *(goal.sample if goal else [])])
+    rounds[-1] = here = Round(folder, {}, {}, [])
+    teachers = [run for run in cfg.stage1 if run.name in wanted]
+    for run in teachers:
+        other = before[-1].folder / run.name if run.carry and before else None
+        driver.run(f"stage1 {run.name}", "stage1.py", run.config, [
+            f"policy={checkpoint(run.start, rounds) if run.start else policy}", batch,
+            f"output={folder}/{run.name}", f"train.seed={seed}",
+            *([f"optimizer={other}"] if other and other.exists() else []), *run.set])
+        here.rows[run.name] = {"name": run.name, "path": f"{folder}/{run.name}",
+                               "role": run.role, "round": k}
+        if run.role == "teacher" and run.select == "last":
+            step, path = evaluate.checkpoints(folder / run.name)[-1]
+            here.selection.append({"run": run.name, "rule": "last", "step": step,
+                                   "path": str(path), "why": "last checkpoint"})
+    rules = [(run.name, rule) for run in teachers if run.role == "teacher"
+             for rule, asked in (("best", run.select == "best"), ("unlearned", run.unlearned))
+             if asked]
+    if rules:
+        here.selection.extend(select(
+            [here.rows[name] for name in dict(rules)],
+            [{"run": name, "rule": rule} for name, rule in rules]))
+    here.chosen.update({s["run"] + (":unlearned" if s["rule"] == "unlearned" else ""): s["path"]
+                        for s in here.selection})
+    for run in cfg.stage2:
+        if run.name in wanted:
             driver.run(f"stage2 {run.name}", "stage2.py", run.config, [
                 f"policy={policy}", batch, f"output={folder}/{run.name}",
-                f"signal.0.numerator={pair[0]}", f"signal.0.denominator={pair[1]}",
+                *signal_overrides(run, lambda ref: checkpoint(ref, rounds)),
                 f"train.seed={seed}", *run.set])
+            here.rows[run.name] = {"name": run.name, "path": f"{folder}/{run.name}",
+                                   "role": "student", "round": k}
+    return here
 
-        runs = [(run, run.role) for run in cfg.stage1] + [(run, "student") for run in cfg.stage2]
-        evaluated += [{"name": run.name, "path": f"{folder}/{run.name}", "role": role, "round": k}
-                      for run, role in runs]
-        report = score(driver, "evaluate", template, folder / "evaluation", first, test, seed,
-                       evaluated)
-        if k < cfg.rounds:
-            policy = chosen.get(cfg.next) or last_checkpoint(folder / cfg.next)
-    return {**report, "selection": selection}
+
+def checkpoint(ref, rounds):
+    """The folder that `ref` means in the last of `rounds`; 'old' and folders are what they are.
+    ValueError if there is no such checkpoint.
+    """
+    run, rule, step, back = split(ref)
+    if back >= len(rounds) or run not in rounds[-1 - back].rows:
+        if back or rule:
+            raise ValueError(f"{ref}: no such run in that round")
+        return ref
+    there = rounds[-1 - back]
+    if step is not None:
+        return f"{there.folder}/{run}/step_{step:06d}"
+    return there.chosen.get(run + (rule or "")) or str(
+        evaluate.checkpoints(there.folder / run)[-1][1])
 
 
 def score(driver, phase, template, folder, base, prompts, seed, policies, **more):
@@ -332,7 +512,7 @@ def paired(reports):
 
 def finish(cfg, reports):
     """report.json, report.md and plot.png of the whole run, from the reports of its seeds."""
-    folder, columns = Path(cfg.output), list(reports[0]["rows"][0]["sampling"])
+    folder, columns = Path(cfg.report or cfg.output), list(reports[0]["rows"][0]["sampling"])
     rows = [average(list(same)) for same in zip(*(r["rows"] for r in reports), strict=True)]
     success = None
     if known := reports[0]["success"].get("prompts"):  # every seed has its own table of facts
@@ -341,7 +521,8 @@ def finish(cfg, reports):
             success = {"sampling": known["sampling"],
                        "values": [row["success"] for part in rows_of for row in part]}
     text = results.table(rows, columns)
-    for seed, report in enumerate(reports):
+    seeds = range(cfg.first_seed, cfg.first_seed + len(reports))
+    for seed, report in zip(seeds, reports, strict=True):
         text += "".join(f"\nseed {seed}: selected {s['run']}@{s['step']} (rule {s['rule']})."
                         for s in report["selection"])
     text += "\n"
@@ -352,16 +533,16 @@ def finish(cfg, reports):
         notes = [f"mean of {len(reports)} seeds; paired differences in report.md"]
         text += "\n" + paired(reports)
     if cfg.check.student:
-        for seed, report in enumerate(reports):
+        for seed, report in zip(seeds, reports, strict=True):
             text += "".join(f"\nseed {seed}: {'holds' if holds else 'DOES NOT HOLD'}: {said}"
                             for said, holds in check(cfg, report))
+    if cfg.claim:
+        held = {seed: claims.record(cfg, seed, r) for seed, r in zip(seeds, reports, strict=True)}
+        text += "\n" + claims.table(cfg.claim, held)
     durable.write_text(folder / "report.json", json.dumps({
-        "rows": [{**row, "seed": seed} for seed, r in enumerate(reports) for row in r["rows"]],
-        "selection": [{**s, "seed": seed} for seed, r in enumerate(reports)
-                      for s in r["selection"]],
-        "comparisons": [{**c, "seed": seed} for seed, r in enumerate(reports)
-                        for c in r["comparisons"]],
-        "seeds": list(range(len(reports))), "config": reports[0]["config"]}, indent=2))
+        **{name: [{**x, "seed": seed} for seed, r in zip(seeds, reports, strict=True)
+                  for x in r[name]] for name in ("rows", "selection", "comparisons")},
+        "seeds": list(seeds), "config": reports[0]["config"]}, indent=2))
     durable.write_text(folder / "report.md", text + "\n")
     results.plot(rows, success, folder / "plot.png", notes)
     print(f"\n{text}\n\n{folder}/report.md, {folder}/plot.png", flush=True)
@@ -369,8 +550,9 @@ def finish(cfg, reports):
 
 def main():
     cfg = runtime.parse(Config, __doc__)
-    driver = Driver(cfg)
     check_configs(cfg)
+    seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
+    drivers = [Driver(cfg, Path(cfg.output) / f"seed_{seed}") for seed in seeds]
     if cfg.expected:
         print("expected seconds a seed, on two CPU cores (start again to resume at any point):")
         for phase, seconds in cfg.expected.items():
@@ -378,7 +560,12 @@ def main():
         print(f"  {'in all':24s} {sum(cfg.expected.values()):5.0f}"
               + (f"  x {cfg.seeds} seeds" if cfg.seeds > 1 else ""), flush=True)
     began = time.perf_counter()
-    finish(cfg, [run_seed(cfg, driver, seed) for seed in range(cfg.seeds)])
+    reports = []
+    for driver, seed in zip(drivers, seeds, strict=True):
+        reports.append(run_seed(cfg, driver, seed))
+        if cfg.record:
+            claims.append(cfg.record, claims.record(cfg, seed, reports[-1]))
+    finish(cfg, reports)
     print(f"{time.perf_counter() - began:.0f} s in all", flush=True)
 
 

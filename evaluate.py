@@ -132,6 +132,8 @@ class Judge:
 class Config:
     base: str = key(help="checkpoint folder that KL is measured to: the very first policy")
     output: str = key(help="folder for report.json, report.md, plot.png, samples")
+    samples: str = key("", "folder where samples are kept, which evaluations may share one after "
+                           "another; empty: output/samples")
     prompts: str = key("", "JSONL file of prompts with answers (or tests), or else:")
     benchmark: list[Benchmark] = key([], "[[benchmark]] sections")
     policy: list[Policy] = key([], "one or more [[policy]] sections; the base is always evaluated")
@@ -270,7 +272,7 @@ def job(cfg, task, path, checkpoint, base):
     samplings, plain = drawn(cfg, task)
     decides = responses.digest([checkpoint, prompts, list(tokenizer.stop), task.max_new_tokens,
                                 cfg.seed])
-    folder = {s.name: Path(cfg.output) / "samples" / responses.digest([
+    folder = {s.name: Path(cfg.samples or f"{cfg.output}/samples") / responses.digest([
         decides, s.temperature, s.top_p, s.top_k, s.min_p]) for s in samplings}
     rewards = {s.name: responses.rewards_file(
         folder[s.name], task.rows, s.n, cfg.lenient, cfg.grading) for s in task.sampling}

@@ -27,8 +27,8 @@ Everything here is minimised. No function modifies its inputs.
 
 Sources: ERPD 2605.25582; PPO 1707.06347; GRPO 2402.03300; clip-higher (DAPO) 2503.14476;
 Dr.GRPO 2503.20783; SAPO 2511.20347; CISPO 2506.13585; VESPO 2602.10693; implicit reward (CE)
-2412.01981; GAE 1506.02438; value pretraining (VC-PPO) 2503.01491; length-adaptive lambda (VAPO)
-2504.05118; KL estimators: Schulman 2020.
+2412.01981; RWR (Peters and Schaal 2007); GAE 1506.02438; value pretraining (VC-PPO) 2503.01491;
+length-adaptive lambda (VAPO) 2504.05118; KL estimators: Schulman 2020.
 """
 
 import math
@@ -134,6 +134,15 @@ def sft(logp, reward, segment):
     return -logp * (reward[segment] > 0)
 
 
+def rwr(logp, weight):
+    """-w log pi_theta: reward-weighted regression, w [T] from tilted_weight. [T] -> [T]
+
+    On pi_old's samples this is the maximum likelihood of pi* = pi_old exp(tilt R) / Z, the optimum
+    of KL-regularised RL with coefficient 1 / tilt (2205.11275): what one stage could do at best.
+    """
+    return -weight * logp
+
+
 # ---------------------------------------------------------------- advantages and averages
 
 
@@ -191,6 +200,18 @@ def _lengths(segment, B):
 
 def _at_least_one(count):
     return max(count, 1) if isinstance(count, (int, float)) else count.clamp(min=1)
+
+
+def tilted_weight(reward, prompt, tilt):
+    """exp(tilt R) over its mean within the responses to one prompt. [B], [B] -> [B]
+
+    The importance weight pi* / pi_old of each response, Z estimated from the prompt's own group.
+    """
+    _, group = torch.unique(prompt, return_inverse=True)
+    tilted = torch.exp(tilt * reward)
+    total, count = (tilted.new_zeros(len(prompt)).index_add(0, group, x)
+                    for x in (tilted, torch.ones_like(tilted)))
+    return tilted * (count / total)[group]
 
 
 # ---------------------------------------------------------------- a value network's advantage (PPO)

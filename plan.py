@@ -84,8 +84,10 @@ def forward_flops(config, tokens, length):
 def hours(config, cfg, gpus, gpu, response):
     """Hours of a run on so many of a GPU, its responses `response` tokens long in the mean."""
     if isinstance(cfg, erpd.Config):
-        parts = [runtime.read_config(sample.Config, cfg.sample), *stages(cfg)]
-        return cfg.rounds * sum(hours(config, part, gpus, gpu, response) for part in parts)
+        goals = [goal for _, path in cfg.paths for goal in path[1:]]  # of the later rounds
+        parts = [part for goal in (None, *goals) for part in (
+            runtime.read_config(sample.Config, cfg.sample), *stages(cfg, goal))]
+        return sum(hours(config, part, gpus, gpu, response) for part in parts)
     if isinstance(cfg, sample.Config | evaluate.Config):
         tokens = sum(number * min(response, longest) for number, longest in draws(cfg))
         response = min(response, max(longest for _, longest in draws(cfg)))
@@ -131,11 +133,11 @@ def needs(config, cfg, gpus=8, gpu=None, response=None):
         config, cfg, gpus, one, response or longest // 2)
 
 
-def stages(cfg):
-    """The configs of the stages of rounds."""
+def stages(cfg, goal=None):
+    """The configs of the stages of a round, of one for the run `goal` or with all runs."""
     return [runtime.read_config(kind, run.config, run.set)
             for kind, many in ((stage1.Config, cfg.stage1), (stage2.Config, cfg.stage2))
-            for run in many]
+            for run in many if goal is None or run.name in erpd.needed(cfg, goal)]
 
 
 def most(config, cfg, gpus, response, room):

@@ -153,11 +153,13 @@ def read_config(kind, file=None, overrides=()):
             value = text
         *parents, leaf = path.split(".")
         table = data
-        for parent in parents:  # a number picks from a list of sections: --set signal.0.steps=16
-            if isinstance(table, list) and parent.isdigit() and int(parent) < len(table):
+        for parent, below in zip(parents, [*parents[1:], leaf], strict=False):
+            # a number picks from a list of sections, --set signal.0.steps=16, or adds the next
+            if isinstance(table, list) and parent.isdigit() and int(parent) <= len(table):
+                table += [{}] * (int(parent) == len(table))
                 table = table[int(parent)]
             elif isinstance(table, dict):
-                table = table.setdefault(parent, {})
+                table = table.setdefault(parent, [] if below == "0" else {})
             else:
                 raise ValueError(f"--set {override}: there is no section {parent}")
         if not isinstance(table, dict):
@@ -650,7 +652,7 @@ class Run:
         lock(folder, ranks)
         if ranks.rank == 0:
             self._open(asked, may_change)
-        states = self._states()
+        states = _states(self.folder)
         self.state = ranks.agree(states[-1] if states else None)
         self.first = int(self.state.name.removeprefix("step_")) if self.state else 0
         self.done = ranks.agree(self._done() == asked["config"])
@@ -696,7 +698,7 @@ class Run:
             was = durable.read_object(file, config=dict, inputs=dict, environments=list)
             done = self._done() is not None
             # a run that saved nothing binds nobody
-            if done or models.checkpoints(self.folder) or self._states():
+            if done or models.checkpoints(self.folder) or _states(self.folder):
                 self._compare(was, asked, may_change)
                 environments = was["environments"]
                 if done and was["config"] == asked["config"]:
@@ -713,11 +715,6 @@ class Run:
             raise ValueError(f"{self.folder}/run.json: {self.folder} holds a run with other "
                              "settings; choose another output or delete it. "
                              f"Different: {'; '.join(d[:200] for d in differ[:8])}")
-
-    def _states(self):
-        """Resume states, oldest first; none that is half-written."""
-        return sorted(p for p in self.folder.glob("state/step_*")
-                      if p.name.removeprefix("step_").isdigit())
 
     def _done(self):
         """The config that the run was finished with, or None."""
@@ -774,40 +771,47 @@ class Run:
         dist.barrier()
         if self.ranks.rank == 0:
             durable.publish(aside, final)
-            for old in self._states()[:-1]:
+            for old in _states(self.folder)[:-1]:
                 shutil.rmtree(old)
         dist.barrier()
 
-    def restore(self, model, optimizer):
-        """Load the latest state, if any.
+    def restore(self, model, optimizer, other=""):
+        """Load the latest state, if any; a fresh run takes over the optimiser's part of another
+        run's last state, if that is given.
 
-        A rank's part is contiguous rows, so parts join for any number of ranks.
+        A rank's part is contiguous rows, so parts join for any number of ranks. ValueError if
+        the other run left no state.
         """
-        if self.state is None:
+        state, kinds = self.state, ("weight", "exp_avg", "exp_avg_sq")
+        if state is None and other:
+            state, kinds = next(reversed(_states(other)), None), kinds[1:]
+            if state is None:
+                raise ValueError(f"optimizer = {other}: there is no resume state of a run in it")
+        if state is None:
             return
         mesh = self.ranks.mesh
         part, parts = mesh.get_local_rank("shard"), mesh["shard"].size()
-        names = sorted(file.name for file in self.state.glob("part-*.safetensors"))
+        names = sorted(file.name for file in state.glob("part-*.safetensors"))
         count = len(names)
-        with durable.reading(self.state, "delete it, to start from the beginning"):
+        with durable.reading(state, "delete it, to start from the beginning"):
             durable.require(names and names == [
                 f"part-{i:05d}-of-{count:05d}.safetensors" for i in range(count)],
                 f"its parts are {names}")
         mine = names[part:part + 1] if count == parts else names
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(hf.tensors(self.state / name)) for name in mine]
+            files = [stack.enter_context(hf.tensors(state / name)) for name in mine]
             for name, parameter in model.named_parameters():
-                moments = [torch.zeros_like(parameter) for _ in range(2)]
-                with durable.reading(self.state, "delete it, to start from the beginning"):
-                    for kind, target in zip(("weight", "exp_avg", "exp_avg_sq"),
-                                            (parameter, *moments), strict=True):
-                        self._fill(f"{kind}.{name}", target, files, whole=count != parts)
+                target = {"weight": parameter, "exp_avg": torch.zeros_like(parameter),
+                          "exp_avg_sq": torch.zeros_like(parameter)}
+                with durable.reading(state, "delete it, to start from the beginning"):
+                    for kind in kinds:
+                        self._fill(f"{kind}.{name}", target[kind], files, whole=count != parts)
                     step = files[0].get_tensor("step." + name)
                     durable.require(step.numel() == 1 and float(step) >= 1, "step of the optimiser")
-                optimizer.state[parameter] = dict(zip(
-                    ("step", "exp_avg", "exp_avg_sq"),
-                    (step.to(self.ranks.device), *moments), strict=True))
-        self.ranks.print(f"resumed from {self.state}")
+                del target["weight"]
+                optimizer.state[parameter] = {"step": step.to(self.ranks.device), **target}
+        self.ranks.print(f"resumed from {state}" if state == self.state
+                         else f"the optimiser goes on from {state}")
 
     @staticmethod
     def _fill(name, target, files, whole):
@@ -829,6 +833,12 @@ class Run:
                                json.dumps({"config": config, **summary}, indent=2))
 
 
+def _states(folder):
+    """Resume states of a run, oldest first; none that is half-written."""
+    return sorted(p for p in Path(folder).glob("state/step_*")
+                  if p.name.removeprefix("step_").isdigit())
+
+
 def _flat(data, prefix=""):
     flat = {}
     for name, value in data.items():
@@ -839,15 +849,18 @@ def _flat(data, prefix=""):
 
 def environment(ranks):
     """What a run needs to be reconstructed: versions, machine, commit, command."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here,
-                         capture_output=True, text=True)
     device = (torch.cuda.get_device_name() if ranks.device.type == "cuda"
               else platform.processor() or platform.machine())
-    return {"command": " ".join(sys.argv), "commit": git.stdout.strip(),
-            "python": platform.python_version(), "torch": torch.__version__, "device": device,
+    return {"command": " ".join(sys.argv), **versions(), "device": device,
             "ranks": ranks.world, "threads": torch.get_num_threads(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def versions():
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                         capture_output=True, text=True)
+    return {"commit": git.stdout.strip(), "python": platform.python_version(),
+            "torch": torch.__version__}
 
 
 def memory_gib(ranks):

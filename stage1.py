@@ -23,6 +23,7 @@ loss that holds the policy back only weakly, and keeps a checkpoint every few st
                                                                                  c1_neg, c2_neg
     mse         probability of each token fitted to the outcome: unlearns first  negative_weight
     sft         log-likelihood of the responses with reward 1                    -
+    rwr         likelihood weighted by exp(tilt R): the KL-optimal target        tilt
     each plus   kl_coef * KL_t - entropy_coef * H_t
 
 What to look for in metrics.jsonl: fast gains for dozens of steps (seen by evaluating the
@@ -54,12 +55,13 @@ READS = {"ce": {"beta", "aggregate", "reference"},
          "cispo": {"cispo_clip", "normalize"},
          "vespo": {"c1_pos", "c2_pos", "c1_neg", "c2_neg", "normalize"},
          "mse": {"negative_weight"},
-         "sft": set()}
+         "sft": set(),
+         "rwr": {"tilt"}}
 
 
 @dataclass(frozen=True)
 class Loss:
-    name: str = key("ce", "ce, sapo, grpo, ppo, cispo, vespo, mse or sft")
+    name: str = key("ce", "ce, sapo, grpo, ppo, cispo, vespo, mse, sft or rwr")
     beta: float = key(
         0.05, "ce: scale of the implicit reward = strength of the KL constraint "
         "(the paper tunes 0.001-0.05)")
@@ -79,6 +81,8 @@ class Loss:
     tau_neg: float = key(1.05, "sapo: temperature where it is negative (paper)")
     negative_weight: float = key(
         1.0, "mse: weight on tokens of responses with reward 0; more unlearns more")
+    tilt: float = key(
+        2.0, "rwr: responses weigh exp(tilt R), normalised per prompt (a control, ours)")
     normalize: bool = key(
         True, "grpo, sapo, cispo, vespo: divide the group advantage by its std; false is Dr.GRPO")
     average: str = key(
@@ -95,8 +99,8 @@ class Loss:
         runtime.one_of("loss.aggregate", self.aggregate, ("sum", "mean"))
         runtime.one_of("loss.kl", self.kl, losses.PENALTIES)
         runtime.check_average(self, "loss")
-        for name in ("beta", "clip_low", "clip_high", "cispo_clip", "c1_pos", "c2_pos",
-                     "c1_neg", "c2_neg", "tau_pos", "tau_neg", "negative_weight", "kl_coef"):
+        for name in ("beta", "clip_low", "clip_high", "cispo_clip", "c1_pos", "c2_pos", "c1_neg",
+                     "c2_neg", "tau_pos", "tau_neg", "negative_weight", "tilt", "kl_coef"):
             runtime.in_range(f"loss.{name}", getattr(self, name), least=0)
         runtime.in_range("loss.entropy_coef", self.entropy_coef)
 
@@ -122,6 +126,8 @@ class Config:
     logprob_temperature: float = key(
         0.0, "temperature of all log-probs; 0: the one the batch was sampled at")
     drop_unfinished: bool = key(False, "leave out truncated responses")
+    optimizer: str = key("", "run folder whose optimiser state is taken over at the start, for "
+                             "on-policy rounds of a step each; empty: a fresh one")
     steps: int = key(64, "optimiser steps; may be raised to go on from a finished run")
     loss: Loss = section(Loss)
     value: critic.Value = section(critic.Value)
@@ -184,13 +190,15 @@ def main():
         advantage = critic.advantage(value, batch, kept, cfg.value, ranks)
     else:
         group = torch.zeros(len(batch))
-        group[kept] = losses.group_advantage(
-            batch.reward[kept], batch.prompt[kept], normalize=cfg.loss.normalize)
+        reward, prompt = batch.reward[kept], batch.prompt[kept]
+        group[kept] = (losses.tilted_weight(reward, prompt, cfg.loss.tilt)
+                       if cfg.loss.name == "rwr" else
+                       losses.group_advantage(reward, prompt, normalize=cfg.loss.normalize))
         advantage = group.repeat_interleave(batch.lengths)
 
     model = runtime.policy(cfg.policy, ranks, recompute=cfg.train.recompute)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
-    run.restore(model, optimizer)
+    run.restore(model, optimizer, cfg.optimizer)
     prompts = len(torch.unique(batch.prompt[kept]))
     ranks.print(f"steps {run.first + 1} to {cfg.steps} of {cfg.train.prompts_per_step} "
                 f"prompts on {ranks.world} rank(s); an epoch of {prompts} prompts is "
@@ -275,6 +283,8 @@ def objective(c, logp, old_logp, ref_logp, entropy, advantage, reward, segment, 
             loss = losses.mse(logp, reward, segment, negative_weight=c.negative_weight)
         case "sft":
             loss = losses.sft(logp, reward, segment)
+        case "rwr":  # the advantage column holds the weight
+            loss = losses.rwr(logp, advantage)
 
     def average(x):
         return losses.aggregate(x, segment, c.average, length=c.fixed_length, **count)

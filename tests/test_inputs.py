@@ -1249,7 +1249,7 @@ def test_output_is_a_file(run, tmp_path, policy, batch, which, path):
 
 
 def driver(folder):
-    return erpd.Driver(erpd.Config(output=str(folder), sample="s", evaluate="e", task="t"))
+    return erpd.Driver(erpd.Config(output="x", sample="s", evaluate="e", task="t"), folder)
 
 
 COMMAND_CASES = [
@@ -1569,7 +1569,9 @@ def damage(folder, policy, batch, what):
         place(copy / "config.json", "[")
         return "stage2.py", distilling(copy, batch, out), r"config\.json"
     if what == "rounds":
-        place(out / "commands.jsonl", dir)
+        for name in ("sample", "stage1", "evaluate"):
+            place(folder / f"{name}.toml", b"[[sampling]]\nname='x'" if name == "evaluate" else b"")
+        place(out / "seed_0" / "commands.jsonl", dir)
         text = ROUNDS.format(output=out, folder=folder, name='"a"')
         return "erpd.py", ["seeds=1"], r"commands\.jsonl", place(folder / "r.toml", text)
     raise AssertionError(what)
