@@ -8,8 +8,9 @@ The estimate is the same in the mean, and noisier the more the smaller KL is. Bo
 were drawn at the temperature of the scoring and without truncation: else they speak of another
 distribution.
 
-Policy and base are scored pack by pack. Where a GPU has no room for both, the policy's hidden
-states wait on the host (H numbers a token) until it has made room for the base.
+Policy and base are scored pack by pack. Where a GPU has no room for both they take turns: the
+policy's hidden states (H numbers a token) wait on the host, up to WAITING bytes of them, until it
+has made room for the base.
 """
 
 from itertools import accumulate
@@ -22,6 +23,7 @@ import memory
 import model as models
 
 SUMS = ("kl", "kl_sampled", "entropy")
+WAITING = 16e9  # bytes; more means fewer turns, each of which loads both models
 
 
 class Pack(NamedTuple):
@@ -99,11 +101,11 @@ def together(config, tokens, device):
     return needed < 0.9 * torch.cuda.mem_get_info(device)[0]
 
 
-def score(policy, base, jobs, *, max_tokens, temperature):
+def score(policy, path, base, jobs, *, max_tokens, temperature):
     """Of each job {name: [(problem, prompt tokens, response tokens)]} the sums of each problem.
 
-    policy: a list that holds the model, and is emptied where the base needs its place; base: its
-    folder, None where the policy is the base.
+    policy: a list that holds the model, and is emptied where the base needs its place; path, base:
+    the folders of both, base None where the policy is the base.
     """
     model = policy[0]
     dtype, device, head = model.head.dtype, model.device, model.head
@@ -120,12 +122,25 @@ def score(policy, base, jobs, *, max_tokens, temperature):
         return {name: sums(scored(name), states(model, name), head, None, None, temperature)
                 for name in jobs}
     if together(model.config, max(longest, max_tokens), device):
-        waiting = {name: states(model, name) for name in jobs}
-    else:
-        waiting = {name: [h.cpu() for h in states(model, name)] for name in jobs}
-        policy.clear()
-        model = None
+        other = models.load(base, dtype=dtype, device=device)
+        return {name: sums(scored(name), states(model, name), head, states(other, name),
+                           other.head, temperature) for name in jobs}
+    cells = {name: {} for name in jobs}
+    todo = [(name, pack) for name in jobs for pack in scored(name)]
+    while todo:
+        turn, waiting = [], 0
+        while todo and (not turn or waiting < WAITING):
+            turn.append(todo.pop())
+            waiting += len(turn[-1][1].before) * head.shape[1] * head.element_size()
+        model = policy.pop() if policy else models.load(path, dtype=dtype, device=device)
+        kept = [hidden(model, pack).cpu() for _, pack in turn]
+        head, model = model.head, None  # only the head stays beside the base
         torch.cuda.empty_cache()
-    other = models.load(base, dtype=dtype, device=device)
-    return {name: sums(scored(name), waiting[name], head, states(other, name), other.head,
-                       temperature) for name in jobs}
+        other = models.load(base, dtype=dtype, device=device)
+        for (name, pack), h in zip(turn, kept, strict=True):
+            found = sums([pack], [h], head, iter([hidden(other, pack)]), other.head, temperature)
+            for problem, cell in found.items():
+                known = cells[name].setdefault(problem, dict.fromkeys(cell, 0))
+                known.update({key: known[key] + x for key, x in cell.items()})
+        other = None
+    return cells

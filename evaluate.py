@@ -331,7 +331,7 @@ def measure(path, cfg, ranks, jobs, title, tell):
         return
     load()
     same = hf.folder(path).resolve() == hf.folder(cfg.base).resolve()
-    scored = divergence.score(policy, None if same else cfg.base, {
+    scored = divergence.score(policy, path, None if same else cfg.base, {
         i: [(p, jobs[i].prompts[p], tokens) for (p, _), (tokens, _, _)
             in sorted(samples[jobs[i].task.name, jobs[i].plain].found.items())] for i in todo},
         max_tokens=cfg.max_tokens, temperature=cfg.kl_temperature)
@@ -345,16 +345,18 @@ def measure(path, cfg, ranks, jobs, title, tell):
 
 def bound(cfg, config, jobs, slots, device):
     """The most memory that sampling and scoring take, as text."""
-    parts = []
+    parts, host = [], 0
     for j in jobs:
         longest = max(map(len, j.prompts))
         length = longest + j.task.max_new_tokens
         most = min(slots, len(j.prompts) * max(s.n for s in j.sampling.values()))
+        pack = max(cfg.max_tokens, length)
+        both = divergence.together(config, pack, device)
         parts += [memory.sampling(config, most, length, longest, device=device.type),
-                  memory.scoring(config, max(cfg.max_tokens, length), device=device.type,
-                                 both=divergence.together(config, max(cfg.max_tokens, length),
-                                                          device))]
-    return memory.text(max(parts, key=lambda part: part["peak"]))
+                  memory.scoring(config, pack, device=device.type, both=both)]
+        host = max(host, 0 if both else divergence.WAITING + 2 * pack * config.hidden)
+    return memory.text(max(parts, key=lambda part: part["peak"])) + (
+        f"; of the host up to {host / 1e9:.1f} for hidden states" if host else "")
 
 
 def checkpoints(path):

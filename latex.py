@@ -79,7 +79,7 @@ def _unreverse(m: re.Match) -> str:
 
 
 def clean(text: str) -> str:
-    s = " ".join(text.split()).translate(_UNICODE)
+    s = re.sub(r"√ ?([0-9]+)", r"\\sqrt{\1}", " ".join(text.split())).translate(_UNICODE)
     if s.startswith("**") and s.endswith("**"):
         s = s[2:-2]
     money = r"\$" in s or s.count("$") % 2 == 1

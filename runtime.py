@@ -48,9 +48,9 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import durable
-import hf
 import memory
 import model as models
+import resume
 
 SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high",
          "grad_norm", "tokens_per_second")  # a stage's console line; metrics.jsonl has them all
@@ -753,21 +753,10 @@ class Run:
     def _save_state(self, step, model, optimizer):
         final = self.folder / "state" / f"step_{step:06d}"
         aside = final.with_name(final.name + ".tmp")
-        mesh = self.ranks.mesh
-        part, parts = mesh.get_local_rank("shard"), mesh["shard"].size()
-        first_copy = mesh.ndim == 1 or mesh.get_local_rank("replicate") == 0
         if self.ranks.rank == 0:
             durable.clear(final)
         dist.barrier()
-        if first_copy:
-            tensors = {}
-            for name, parameter in model.named_parameters():
-                state = optimizer.state[parameter]
-                tensors["step." + name] = state["step"].cpu()
-                for kind, value in (("weight", parameter), ("exp_avg", state["exp_avg"]),
-                                    ("exp_avg_sq", state["exp_avg_sq"])):
-                    tensors[f"{kind}.{name}"] = value.detach().to_local().contiguous().cpu()
-            durable.write_tensors(aside / f"part-{part:05d}-of-{parts:05d}.safetensors", tensors)
+        resume.save(aside, model, optimizer)
         dist.barrier()
         if self.ranks.rank == 0:
             durable.publish(aside, final)
@@ -777,54 +766,17 @@ class Run:
 
     def restore(self, model, optimizer, other=""):
         """Load the latest state, if any; a fresh run takes over the optimiser's part of another
-        run's last state, if that is given.
-
-        A rank's part is contiguous rows, so parts join for any number of ranks. ValueError if
-        the other run left no state.
+        run's last state, if that is given. ValueError if the other run left none.
         """
-        state, kinds = self.state, ("weight", "exp_avg", "exp_avg_sq")
-        if state is None and other:
-            state, kinds = next(reversed(_states(other)), None), kinds[1:]
-            if state is None:
+        if self.state:
+            resume.load(self.state, model, optimizer)
+            self.ranks.print(f"resumed from {self.state}")
+        elif other:
+            states = _states(other)
+            if not states:
                 raise ValueError(f"optimizer = {other}: there is no resume state of a run in it")
-        if state is None:
-            return
-        mesh = self.ranks.mesh
-        part, parts = mesh.get_local_rank("shard"), mesh["shard"].size()
-        names = sorted(file.name for file in state.glob("part-*.safetensors"))
-        count = len(names)
-        with durable.reading(state, "delete it, to start from the beginning"):
-            durable.require(names and names == [
-                f"part-{i:05d}-of-{count:05d}.safetensors" for i in range(count)],
-                f"its parts are {names}")
-        mine = names[part:part + 1] if count == parts else names
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(hf.tensors(state / name)) for name in mine]
-            for name, parameter in model.named_parameters():
-                target = {"weight": parameter, "exp_avg": torch.zeros_like(parameter),
-                          "exp_avg_sq": torch.zeros_like(parameter)}
-                with durable.reading(state, "delete it, to start from the beginning"):
-                    for kind in kinds:
-                        self._fill(f"{kind}.{name}", target[kind], files, whole=count != parts)
-                    step = files[0].get_tensor("step." + name)
-                    durable.require(step.numel() == 1 and float(step) >= 1, "step of the optimiser")
-                del target["weight"]
-                optimizer.state[parameter] = {"step": step.to(self.ranks.device), **target}
-        self.ranks.print(f"resumed from {state}" if state == self.state
-                         else f"the optimiser goes on from {state}")
-
-    @staticmethod
-    def _fill(name, target, files, whole):
-        """Copy a tensor of the state, which lies in rows over `files`, into this rank's part."""
-        local, own = models.own_rows(target.detach())
-        rows = torch.cat([file.get_tensor(name) for file in files])
-        rows = rows[own] if whole else rows
-        durable.require(rows.shape == local.shape and rows.dtype == local.dtype,
-                        f"{name} is {rows.dtype} {list(rows.shape)}, not {local.dtype} "
-                        f"{list(local.shape)}")
-        durable.require(bool(rows.isfinite().all()) and not (
-            name.startswith("exp_avg_sq.") and bool((rows < 0).any())), f"{name} holds no moments")
-        local.copy_(rows)
+            resume.load(states[-1], model, optimizer, weights=False)
+            self.ranks.print(f"the optimiser goes on from {states[-1]}")
 
     def finish(self, **summary):
         if self.ranks.rank == 0:

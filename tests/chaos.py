@@ -170,11 +170,11 @@ def check_whole(run):
     for folder in run.glob("**/step_*"):
         if folder.name.removeprefix("step_").isdigit():
             if folder.parent.name == "state":
-                parts = sorted(folder.glob("part-*.safetensors"))
+                parts = sorted(folder.glob("shard-*.safetensors"))
                 assert len(parts) == 2, f"{folder} has {len(parts)} of 2 parts"
             else:
                 models.load(folder, dtype=torch.float32)
-    for file in run.glob("**/shard-*.safetensors"):
+    for file in run.glob("**/batch/shard-*.safetensors"):
         rollouts.read_header(file)
     for file in (*run.glob("**/*.json"), *run.glob("**/report.json")):
         json.loads(file.read_text())
@@ -207,7 +207,7 @@ def compare(run, reference):
 def samples(run):
     """The samples that evaluations kept, each once: {folder: {(problem, sample): tokens}}."""
     found = {}
-    for part in run.glob("seed_0/round_1/*/samples/*"):
+    for part in run.glob("seed_0/samples/*"):
         lines = [json.loads(line) for file in part.glob("rank_*.jsonl")
                  for line in file.read_text().splitlines()]
         cells = {(line["problem"], line["sample"]): line["tokens"] for line in lines}

@@ -2,11 +2,12 @@
 steps, sampling and scoring as the CPU's allocator sees them."""
 
 import json
+import random
 import weakref
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_policy
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.profiler import ProfilerActivity, profile
 
@@ -201,12 +202,41 @@ def test_scoring_stays_within_its_bound(family, both, tmp_path, monkeypatch):
 
     monkeypatch.setattr(models, "load", load)
     measured = peak(lambda: divergence.score(
-        holder, "base", {0: sequences}, max_tokens=1024, temperature=1.0))
+        holder, "policy", "base", {0: sequences}, max_tokens=1024, temperature=1.0))
     waiting = 0 if both else 4 * config.hidden * sum(len(s[2]) for s in sequences)
     before = 2 * total if both else total  # the base's weights take the place of the policy's
     bound = memory.scoring(config, 1024, device="cpu", both=both)
     within(before + measured - waiting + (0 if both else 4 * config.vocab * config.hidden),
            bound, loose=3.0)
+
+
+@pytest.mark.parametrize("waiting", [1, 20_000, 1e9])
+def test_taking_turns_changes_nothing(tmp_path, monkeypatch, waiting):
+    """However many hidden states may wait for the base: the same sums, loaded in turns."""
+    folders = [write_policy(tmp_path / f"{i}", seed=i) for i in range(2)]
+    rng = random.Random(0)
+    jobs = {name: [(rng.randrange(3), [1] * rng.randint(1, 9),
+                    [rng.randrange(20) for _ in range(rng.randint(1, 40))]) for _ in range(12)]
+            for name in "ab"}
+    loaded, load = [], models.load
+    monkeypatch.setattr(models, "load", lambda path, **k: (loaded.append(path), load(path, **k))[1])
+
+    def cells(both):
+        monkeypatch.setattr(divergence, "together", lambda *_: both)
+        return divergence.score([load(folders[0], dtype=torch.float32)], *folders, jobs,
+                                max_tokens=64, temperature=0.8)
+
+    expected = cells(True)
+    monkeypatch.setattr(divergence, "WAITING", waiting)
+    loaded.clear()
+    found = cells(False)
+    turns = loaded.count(folders[1])
+    assert loaded == [folders[1], *folders * (turns - 1)]
+    assert turns == 1 if waiting == 1e9 else turns > 2
+    for name in jobs:
+        assert found[name].keys() == expected[name].keys()
+        for problem, cell in found[name].items():
+            assert cell == pytest.approx(expected[name][problem], rel=1e-6)
 
 
 def test_a_bound_adds_up():

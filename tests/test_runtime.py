@@ -176,7 +176,7 @@ def test_lower_floors_do_not_import_higher_ones():
         ("answers",),
         ("grade",),
         ("model",),
-        ("memory", "rollouts"),
+        ("memory", "rollouts", "resume"),
         ("runtime",),
         ("critic",),
         ("problems", "sample", "stage1", "stage2"),

@@ -20,6 +20,7 @@ from conftest import (
     write_batch,
     write_hybrid,
 )
+from safetensors.torch import load_file
 
 import losses
 import model as models
@@ -120,9 +121,38 @@ def test_state_written_by_two_ranks_is_resumed_by_one(run, tmp_path, policy, bat
         "stage1.py", *arguments(policy, batch, tmp_path / "x", "steps=2"), ranks=2
     )
     assert result.returncode == 0, result.stderr
+    for part in (tmp_path / "x/state/step_000002").iterdir():  # not without both of them
+        part.rename(tmp_path / "aside")
+        with pytest.raises(ValueError, match="step_000002: .* is (not whole|missing|.*, not)"):
+            run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=4"))
+        (tmp_path / "aside").rename(part)
     run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=4"))
     run(stage1, *arguments(policy, batch, tmp_path / "y", "steps=4"))
     assert movement_error(tmp_path / "x/step_000004", tmp_path / "y/step_000004", policy) < 1e-3
+
+
+def test_the_optimiser_of_another_run_is_taken_over(run, tmp_path, policy, batch):
+    """Weights are this run's, moments and their step the other's: as if it had not stopped."""
+    settings = ["train.warmup=0", "loss.name=sapo"]
+    run(stage1, *arguments(policy, batch, tmp_path / "a", "steps=2", *settings))
+    ends = tmp_path / "a/step_000002"
+    run(stage1, *arguments(ends, batch, tmp_path / "b", "steps=1", *settings,
+                           f"old={policy}", f"optimizer={tmp_path / 'a'}"))
+    model = models.load(tmp_path / "b/step_000001", dtype=torch.float32)
+    states = {}
+    for name, folder in (("a", "a/state/step_000002"), ("b", "b/state/step_000001")):
+        [file] = (tmp_path / folder).iterdir()
+        states[name] = load_file(file)
+    for name, _ in model.named_parameters():
+        assert states["a"][f"step.{name}"] == 2 and states["b"][f"step.{name}"] == 3
+        # both moments went on from the other's with one and the same gradient
+        first, second = (states["b"][f"{kind}.{name}"] - decay * states["a"][f"{kind}.{name}"]
+                         for kind, decay in (("exp_avg", 0.9), ("exp_avg_sq", 0.95)))
+        torch.testing.assert_close((first / 0.1) ** 2, second / 0.05, rtol=1e-2, atol=1e-7)
+        assert first.abs().max() > 0
+    with pytest.raises(ValueError, match="no resume state"):
+        run(stage1, *arguments(policy, batch, tmp_path / "c", f"optimizer={policy}"))
+
 
 
 def test_hybrid_sharding_on_a_two_by_two_mesh(run, tmp_path, policy, batch):

@@ -1,0 +1,248 @@
+"""erpd.py: names of runs and checkpoints, paths of rounds; what is run, and from where."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import claims
+import erpd
+import rollouts
+import runtime
+
+TASK = """
+output = "unused"
+[task]
+steps = 2
+prompts = 48
+validation = 8
+test = 12
+[shape]
+hidden = 32
+layers = 2
+head_dim = 16
+intermediate = 48
+[train]
+steps = 20
+traces = 32
+"""
+STAGE1 = """
+policy = ""
+batch = ""
+output = ""
+steps = 4
+[loss]
+name = "grpo"
+[train]
+prompts_per_step = 4
+lr = 1e-3
+warmup = 0
+max_tokens = 4096
+checkpoint_every = 2
+"""
+STAGE2 = """
+batch = ""
+output = ""
+[[signal]]
+numerator = "old"
+steps = 2
+[train]
+prompts_per_step = 4
+lr = 1e-3
+max_tokens = 4096
+"""
+CONFIG = """
+output = "HERE/out"
+report = "HERE/report"
+record = "HERE/records/tiny.jsonl"
+task = "HERE/task.toml"
+sample = "HERE/sample.toml"
+evaluate = "HERE/evaluate.toml"
+sharpened = [0.5]
+evaluate_every = 2
+
+[[path]]
+name = "distil"
+runs = ["student", "both", "back"]
+[[path]]
+name = "on_policy"
+runs = ["online*3"]
+
+[[stage1]]
+name = "teacher"
+config = "HERE/stage1.toml"
+[[stage1]]
+name = "recovered"
+config = "HERE/stage1.toml"
+start = "teacher@2"
+set = ['loss={name="ce", reference="start"}']
+[[stage1]]
+name = "online"
+role = "control"
+config = "HERE/stage1.toml"
+carry = true
+sample = ["num_prompts=4"]
+set = ["steps=1"]
+
+[[stage2]]
+name = "student"
+config = "HERE/stage2.toml"
+numerator = "teacher"
+[[stage2]]
+name = "both"
+config = "HERE/stage2.toml"
+numerator = "teacher"
+denominator = "evolving"
+then = [{numerator = "recovered", denominator = "teacher@2", set = ["steps=3"]}]
+[[stage2]]
+name = "back"
+config = "HERE/stage2.toml"
+numerator = "teacher"
+denominator = "student~2"
+
+[[claim]]
+text = "one"
+of = "student"
+least = -1.0
+[[claim]]
+text = "two"
+of = "distil.back (round 3)@2"
+against = "sharpened"
+measure = "equal_kl"
+sampling = "greedy"
+most = 1.0
+"""
+
+
+def place(folder, text=CONFIG):
+    sample = (ROOT / "configs/toy/sample.toml").read_text()
+    for name, was, now in (("num_prompts", 512, 12), ("n", 16, 4), ("max_new_tokens", 160, 24)):
+        sample, found = re.subn(rf"^{name} = {was}", f"{name} = {now}", sample, flags=re.M)
+        assert found == 1
+    evaluate = (ROOT / "configs/toy/evaluate.toml").read_text().replace("= 160", "= 24")
+    for name, content in (("task", TASK), ("stage1", STAGE1), ("stage2", STAGE2),
+                          ("sample", sample), ("evaluate", evaluate), ("erpd", text)):
+        (folder / f"{name}.toml").write_text(content.replace("HERE", str(folder)))
+    return folder / "erpd.toml"
+
+
+def settings(folder):
+    return json.loads((folder / "run.json").read_text())["config"]
+
+
+def test_paths_part_after_the_first_round(tmp_path):
+    """Two paths of three rounds: where every run starts, what it is made of, what is reported."""
+    command = [sys.executable, str(ROOT / "erpd.py"), "--config", str(place(tmp_path))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    out = tmp_path / "out/seed_0"
+    first = out / "round_1"
+    # all but what needs an earlier round
+    assert {p.name for p in first.iterdir()} == {
+        "batch", "teacher", "recovered", "online", "student", "both"}
+    assert settings(first / "recovered")["policy"] == f"{first}/teacher/step_000002"
+    assert settings(first / "recovered")["loss"]["reference"] == "start"
+    second, third = out / "distil/round_2", out / "distil/round_3"
+    assert {p.name for p in second.iterdir()} == {"batch", "teacher", "recovered", "both"}
+    assert {p.name for p in third.iterdir()} == {"batch", "teacher", "back"}
+    assert settings(second / "teacher")["policy"] == f"{first}/student/step_000002"
+    signals = settings(second / "both")["signal"]
+    assert [(s["numerator"], s["denominator"], s["steps"]) for s in signals] == [
+        (f"{second}/teacher/step_000004", "evolving", 2),
+        (f"{second}/recovered/step_000004", f"{second}/teacher/step_000002", 3)]
+    assert settings(third / "back")["signal"][0]["denominator"] == f"{first}/student/step_000002"
+    assert settings(third / "teacher")["policy"] == f"{second}/both/step_000005"
+    # the on-policy phase: fresh prompts, the optimiser goes on
+    for k in (2, 3):
+        online = settings(out / f"on_policy/round_{k}/online")
+        before = first if k == 2 else out / "on_policy/round_2"
+        assert online["optimizer"] == f"{before}/online"
+        assert online["policy"] == f"{before}/online/step_000001"
+        batch = rollouts.load(out / f"on_policy/round_{k}/batch")
+        assert batch.header["policy"] == online["policy"] and len(batch) == 4 * 4
+    # rows: the first round, every second one and the last of each path
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    rows = [(row["policy"], row["round"], row["step"]) for row in report["rows"]]
+    assert len(set(rows)) == len(rows)
+    assert {(name, k) for name, k, _ in rows} == {
+        ("base", 0), *((name, 1) for name in (
+            "sharpened", "teacher", "recovered", "online", "student", "both")),
+        *((f"distil.{name}", 2) for name in ("teacher", "recovered", "both")),
+        *((f"distil.{name}", 3) for name in ("teacher", "back")),
+        ("on_policy.online", 2), ("on_policy.online", 3)}
+    assert ("sharpened", 1, 50) in rows
+    # the record, and the claims on it
+    record = claims.read(tmp_path / "records/tiny.jsonl")[0]
+    assert record["experiment"] == "tiny" and len(record["rows"]) == len(rows)
+    assert record["curves"]["teacher"]["step"] == [1, 2, 3, 4]
+    assert result.stdout.count("| **too few seeds** |") == 2
+    # again: nothing to do, nothing recorded twice
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0
+    assert again.stdout.count("done before") == again.stdout.count("] torchrun") > 20
+    assert len((tmp_path / "records/tiny.jsonl").read_text().splitlines()) == 1
+    # another config of the same output does only what is new
+    other = place(tmp_path, CONFIG.replace("HERE/report", "HERE/second").replace(
+        'runs = ["student", "both", "back"]', 'runs = ["both"]').replace("online*3", "online"))
+    third = subprocess.run([*command[:3], str(other)], cwd=ROOT, capture_output=True, text=True,
+                           timeout=100)
+    assert third.returncode == 0, third.stdout[-2000:] + third.stderr[-2000:]
+    ran = [line for line in third.stdout.splitlines() if re.match(r"\[.*\] \d+ s", line)]
+    assert [line.split()[0] for line in ran] == ["[evaluate]"]
+
+
+@pytest.mark.parametrize("ref, parts", [
+    ("ce", ("ce", None, None, 0)), ("ce@16", ("ce", None, 16, 0)),
+    ("ce:unlearned", ("ce", ":unlearned", None, 0)), ("ce~2", ("ce", None, None, 2)),
+    ("ce@16~1", ("ce", None, 16, 1)), ("a.b-c_1@0~12", ("a.b-c_1", None, 0, 12)),
+    ("runs/x/step_000016", ("runs/x/step_000016", None, None, 0)),
+])  # fmt: skip
+def test_references(ref, parts):
+    assert erpd.split(ref) == parts
+
+
+@pytest.mark.parametrize("change, words", [
+    (("student~2", "students~2"), "back: 'students~2' is neither a run"),
+    (('start = "teacher@2"', 'start = "recovered"'), "recovered: 'recovered' is neither"),
+    (("teacher@2", "teacher:unlearned"), "teacher:unlearned.* is neither"),
+    (('"online*3"', '"online*0"'), "path on_policy"),
+    (('"online*3"', '"offline"'), "path on_policy: 'offline' is none of the runs"),
+    (('name = "on_policy"', 'name = "distil"'), "names of paths"),
+    (('name = "on_policy"', 'name = "old"'), "path.name: 'old'"),
+    (("evaluate_every = 2", "evaluate_every = 0"), "evaluate_every"),
+    (("evaluate_every = 2", "rounds = 2"), "no \\[\\[path\\]\\]"),
+    (("least = -1.0", ""), "claim 'one': give one of least and most"),
+])  # fmt: skip
+def test_what_does_not_fit_together(tmp_path, change, words):
+    assert CONFIG.count(change[0]) >= 1
+    with pytest.raises(ValueError, match=words):
+        runtime.read_config(erpd.Config, place(tmp_path, CONFIG.replace(*change)))
+
+
+@pytest.mark.parametrize("change, words", [
+    (('numerator = "recovered"', 'numerator = "recovered@3"'), "keeps no checkpoint of step 3"),
+    (("sharpened = [0.5]", "sharpened = [0.501]"), "hundredths"),
+    (("num_prompts=4", "num_prompt=4"), "num_prompt"),
+])  # fmt: skip
+def test_what_is_seen_before_anything_runs(tmp_path, change, words):
+    assert CONFIG.count(change[0]) >= 1
+    with pytest.raises(ValueError, match=words):
+        erpd.check_configs(
+            runtime.read_config(erpd.Config, place(tmp_path, CONFIG.replace(*change))))
+
+
+def test_runs_of_one_name_are_one_run():
+    """Experiments share a folder: the same name must mean the same settings in all of them."""
+    found = {}
+    for file in sorted((ROOT / "configs/toy/paper").glob("[!s]*.toml")):
+        cfg = runtime.read_config(erpd.Config, file)
+        erpd.check_configs(cfg)
+        assert (cfg.report.endswith(file.stem) and cfg.record.endswith(f"{file.stem}.jsonl")
+                and cfg.claim), file
+        for run in (*cfg.stage1, *cfg.stage2):
+            key = (cfg.output, run.name)
+            made = (run.config, run.set, erpd.references(run), getattr(run, "then", None))
+            assert found.setdefault(key, made) == made, (file, run.name)
