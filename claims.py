@@ -32,7 +32,8 @@ from runtime import key
 # 97.5 % quantile of Student's t, for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
            2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
-CURVES = ("p_positive", "p_negative", "kl_reverse", "entropy", "explained_variance", "loss")
+CURVES = ("p_positive", "p_negative", "kl_reverse", "entropy", "explained_variance", "loss",
+          "signal_negative")
 KEPT = ("policy", "round", "role", "step", "kl", "kl_se", "kl_sequence", "kl_efficiency",
         "entropy", "length", "pass_at_k", "seconds")
 CELL = ("accuracy", "accuracy_se", "truncated")

@@ -174,6 +174,7 @@ def main():
             raw = raw_signal(signal, numerator, place, theta, batch.reward, row)
             arrived = float(raw.std()) <= 2 * noise  # at the teacher: only rounding is left of it
             advantage[place] = 0.0 if arrived else losses.whiten(raw, shift_mean=signal.shift_mean)
+            right = batch.reward[row] > 0
         elif signal is not current:  # a fixed signal, over the whole batch, once
             fixed = None if denominator is None else denominator[token]
             raw = raw_signal(signal, numerator, token, fixed, batch.reward, owner)
@@ -181,6 +182,7 @@ def main():
             sides = [{"old": inputs["policy"], **inputs}.get(side)
                      for side in (signal.numerator, signal.denominator)]
             report(ranks, signal, raw, noise, identical=sides[0] == sides[1])
+            right = batch.reward[owner] > 0
         current = signal
 
         total, seen = torch.zeros((), device=ranks.device), []
@@ -222,7 +224,8 @@ def main():
             "loss": float(total), **losses.diagnostics(
                 logp, old_logp[place], entropy, advantage[place], batch.reward, row,
                 clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high),
-            "signal_std": float(raw.std()), "grad_norm": grad_norm,
+            "signal_std": float(raw.std()),
+            "signal_negative": float((raw[right] < 0).double().mean()), "grad_norm": grad_norm,
             "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
             "tokens_per_second": int(batch.lengths[rows].sum()) / seconds,
             "memory_gib": runtime.memory_gib(ranks)}, runtime.SHOWN)

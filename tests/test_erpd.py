@@ -237,7 +237,9 @@ def test_what_is_seen_before_anything_runs(tmp_path, change, words):
 def test_runs_of_one_name_are_one_run():
     """Experiments share a folder: the same name must mean the same settings in all of them."""
     found = {}
-    for file in sorted((ROOT / "configs/toy/paper").glob("[!s]*.toml")):
+    for file in sorted((ROOT / "configs/toy/paper").glob("*.toml")):
+        if file.stem.split("_")[0] in ("sample", "stage1"):
+            continue
         cfg = runtime.read_config(erpd.Config, file)
         erpd.check_configs(cfg)
         assert (cfg.report.endswith(file.stem) and cfg.record.endswith(f"{file.stem}.jsonl")
