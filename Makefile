@@ -5,10 +5,15 @@ OUTPUT ?= runs/demo
 KILLS ?= 50
 BIN := .venv/bin
 
-.PHONY: demo test test-slow chaos lint clean
+.PHONY: demo paper test test-slow chaos lint clean
 
 demo: .venv/run.done
 	$(BIN)/python erpd.py --config configs/toy/erpd.toml --set seeds=$(SEEDS) output=$(OUTPUT)
+
+paper: .venv/run.done  # the core of RESULTS.md
+	for name in table1 table5 table7 figure4 figure5 figure6 table2; do \
+		$(BIN)/python erpd.py --config configs/toy/paper/$$name.toml --set seeds=$(SEEDS) || exit 2; done
+	$(BIN)/python paper.py
 
 test: .venv/dev.done lint
 	$(BIN)/python -m pytest -q --durations=10

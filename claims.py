@@ -27,7 +27,7 @@ from pathlib import Path
 import durable
 import results
 import runtime
-from runtime import key
+from options import key
 
 # 97.5 % quantile of Student's t, for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,

@@ -38,8 +38,9 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 import durable
 import hf
 import losses
+import options
 import runtime
-from runtime import key
+from options import key
 
 # keys of [train] that change how values are computed, not which
 FREE = ("max_tokens", "recompute", "replicas", "checkpoint_every", "checkpoint_at")
@@ -62,8 +63,8 @@ class Value:
 
     def __post_init__(self):
         for name in ("steps", "lr", "alpha"):
-            runtime.in_range(f"value.{name}", getattr(self, name), above=0)
-        runtime.in_range("value.prompts_per_step", self.prompts_per_step, least=0)
+            options.in_range(f"value.{name}", getattr(self, name), above=0)
+        options.in_range("value.prompts_per_step", self.prompts_per_step, least=0)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from typing import NamedTuple
 import claims
 import durable
 import evaluate
+import options
 import results
 import rollouts
 import runtime
@@ -49,7 +50,7 @@ import sample
 import sharpen
 import stage1
 import stage2
-from runtime import key, section
+from options import key, section
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Stage1:
 
     def __post_init__(self):
         check_name("stage1.name", self.name)
-        runtime.one_of("stage1.role", self.role, ("teacher", "control"))
-        runtime.one_of("stage1.select", self.select, ("best", "last"))
-        if self.role == "control" and runtime.given_unread(self, {"select", "unlearned"}):
+        options.one_of("stage1.role", self.role, ("teacher", "control"))
+        options.one_of("stage1.select", self.select, ("best", "last"))
+        if self.role == "control" and options.given_unread(self, {"select", "unlearned"}):
             raise ValueError(f"stage1 {self.name}: no checkpoint of a control is selected; "
                              "select and unlearned are for teachers")
 
@@ -173,8 +174,8 @@ class Config:
             raise ValueError("rounds > 1 need next, the run to go on from, and no [[path]]; "
                              f"{self.next!r} is none of the runs")
         for name in ("rounds", "evaluate_every", "seeds", "processes"):
-            runtime.in_range(name, getattr(self, name), least=1)
-        runtime.in_range("first_seed", self.first_seed, least=0)
+            options.in_range(name, getattr(self, name), least=1)
+        options.in_range("first_seed", self.first_seed, least=0)
         if repeated := [n for n in names if names.count(n) > 1]:
             raise ValueError(f"the name {repeated[0]!r} is used already; every run needs its own")
         for path in self.path:
@@ -283,16 +284,16 @@ class Driver:
 
 def check_configs(cfg):
     """Read every config that will be needed before anything runs, filled in as it will be."""
-    runtime.read_config(sample.Config, cfg.sample, ["policy=x", "prompts=x", "output=x"])
+    options.read_config(sample.Config, cfg.sample, ["policy=x", "prompts=x", "output=x"])
     kept = {}
     for run in cfg.stage1:
-        c = runtime.read_config(stage1.Config, run.config,
+        c = options.read_config(stage1.Config, run.config,
                                 ["policy=x", "batch=x", "output=x", *run.set])
         kept[run.name] = steps_kept(c.train, c.steps)
-        runtime.read_config(sample.Config, cfg.sample,
+        options.read_config(sample.Config, cfg.sample,
                             ["policy=x", "prompts=x", "output=x", *run.sample])
     for run in cfg.stage2:
-        c = runtime.read_config(stage2.Config, run.config,
+        c = options.read_config(stage2.Config, run.config,
                                 ["batch=x", "output=x", *signal_overrides(run), *run.set])
         kept[run.name] = steps_kept(c.train, sum(s.steps for s in c.signal))
     for run in (*cfg.stage1, *cfg.stage2):
@@ -302,7 +303,7 @@ def check_configs(cfg):
                                  "see its train.checkpoint_at and train.checkpoint_every")
     if cfg.sharpened:
         sharpen.Config("x", "x", cfg.sharpened)
-    runtime.read_config(evaluate.Config, cfg.evaluate, [
+    options.read_config(evaluate.Config, cfg.evaluate, [
         "base=x", "prompts=x", "benchmark=[]", "compare=[]", "output=x"])
     template = tomllib.loads(Path(cfg.evaluate).read_text(encoding="utf-8"))
     if unread := [name for name in ("benchmark", "compare", "judge") if template.get(name)]:
@@ -444,7 +445,7 @@ def score(driver, phase, template, folder, base, prompts, seed, policies, **more
     """Write evaluate.py's config into `folder`, run it, read its report."""
     config = {**template, "base": base, "prompts": prompts, "benchmark": [], "compare": [],
               "judge": {}, "output": str(folder), "seed": seed, "policy": policies, **more}
-    durable.write_text(folder / "evaluate.toml", runtime.to_toml(config))
+    durable.write_text(folder / "evaluate.toml", options.to_toml(config))
     driver.run(phase, "evaluate.py", folder / "evaluate.toml")
     return durable.read_object(folder / "report.json", rows=list, selection=list)
 
@@ -549,7 +550,7 @@ def finish(cfg, reports):
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
+    cfg = options.parse(Config, __doc__)
     check_configs(cfg)
     seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
     drivers = [Driver(cfg, Path(cfg.output) / f"seed_{seed}") for seed in seeds]

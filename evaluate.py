@@ -44,6 +44,7 @@ import hf
 import judge
 import memory
 import model as models
+import options
 import problems
 import responses
 import results
@@ -51,7 +52,7 @@ import rollouts
 import runtime
 import sample
 import sandbox
-from runtime import key, section
+from options import key, section
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Policy:
     round: int = key(0, "round of erpd.py")
 
     def __post_init__(self):
-        runtime.one_of("policy.role", self.role,
+        options.one_of("policy.role", self.role,
                        ("policy", "base", "teacher", "student", "control"))
 
 
@@ -80,7 +81,7 @@ class Sampling:
         for name, bounds in (("temperature", dict(least=0)), ("top_p", dict(above=0, most=1)),
                              ("top_k", dict(least=0)), ("min_p", dict(least=0, most=1)),
                              ("n", dict(least=1))):
-            runtime.in_range(f"sampling.{name}", getattr(self, name), **bounds)
+            options.in_range(f"sampling.{name}", getattr(self, name), **bounds)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Select:
     rule: str = key("best", "best, last or unlearned")
 
     def __post_init__(self):
-        runtime.one_of("select.rule", self.rule, ("best", "last", "unlearned"))
+        options.one_of("select.rule", self.rule, ("best", "last", "unlearned"))
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Benchmark:
                             "[chat], else the table's")
 
     def __post_init__(self):
-        runtime.in_range("benchmark.n", self.n, least=0)
+        options.in_range("benchmark.n", self.n, least=0)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Judge:
         if bool(self.endpoint) != bool(self.model):
             raise ValueError("judge needs endpoint and model, both of them")
         for name in ("budget", "max_tokens"):
-            runtime.in_range(f"judge.{name}", getattr(self, name), least=1)
+            options.in_range(f"judge.{name}", getattr(self, name), least=1)
 
 
 @dataclass(frozen=True)
@@ -177,10 +178,10 @@ class Config:
             raise ValueError(f"pass_at {beyond[0]} needs that many samples, "
                              f"the first [[sampling]] has n = {most}")
         for name in ("max_new_tokens", "limit", "slots", "seed"):
-            runtime.in_range(name, getattr(self, name), least=0)
+            options.in_range(name, getattr(self, name), least=0)
         for name in ("max_tokens", "kl_samples"):
-            runtime.in_range(name, getattr(self, name), least=1)
-        runtime.in_range("kl_temperature", self.kl_temperature, above=0)
+            options.in_range(name, getattr(self, name), least=1)
+        options.in_range("kl_temperature", self.kl_temperature, above=0)
 
 
 # ---------------------------------------------------------------- what is evaluated
@@ -420,7 +421,7 @@ def resolve(cfg, name):
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__, switches=("regrade",))
+    cfg = options.parse(Config, __doc__, switches=("regrade",))
     ranks = runtime.start()
     listed = [Policy("base", cfg.base, "base"), *cfg.policy]
     labels = [results.label({"policy": p.name, "round": p.round}) for p in listed]

@@ -17,6 +17,7 @@ from pathlib import Path
 import claims
 import durable
 import erpd
+import options
 import results
 import runtime
 
@@ -100,7 +101,7 @@ def summary(names):
 
 
 def claims_of(name):
-    return runtime.read_config(erpd.Config, CONFIGS / f"{name}.toml").claim
+    return options.read_config(erpd.Config, CONFIGS / f"{name}.toml").claim
 
 
 # ---------------------------------------------------------------- figures
@@ -162,7 +163,7 @@ def dynamics(entries, runs, path, column="T=0.6 top-p 0.95"):
 def rounds(entries, path):
     """Accuracy of each path's last policy by round, and the KL to the first policy."""
     drawn, axes = figure(3)
-    asked = runtime.read_config(erpd.Config, CONFIGS / "table2.toml")
+    asked = options.read_config(erpd.Config, CONFIGS / "table2.toml")
     for name, goals in asked.paths:
         line = []
         for k, goal in enumerate(goals, 1):
@@ -205,8 +206,8 @@ def finish(drawn, path):
 
 
 FIGURES = {  # name of the picture: (experiment, how it is drawn)
-    "figure4": ("table1", lambda e, p: dynamics(e, ["ppo", "grpo", "sapo", "ce"], p)),
-    "figure5": ("table7", lambda e, p: dynamics(e, ["mse"], p)),
+    "figure4": ("figure4", lambda e, p: dynamics(e, ["ppo", "grpo", "sapo", "ce"], p)),
+    "figure5": ("figure5", lambda e, p: dynamics(e, ["mse"], p)),
     "figure6": ("figure6", frontier),
     "frontier": ("table1", frontier),
     "rounds": ("table2", rounds),

@@ -27,6 +27,7 @@ import hf
 import memory
 import mixing
 import model as models
+import options
 import problems
 import rollouts
 import runtime
@@ -86,7 +87,7 @@ def hours(config, cfg, gpus, gpu, response):
     if isinstance(cfg, erpd.Config):
         goals = [goal for _, path in cfg.paths for goal in path[1:]]  # of the later rounds
         parts = [part for goal in (None, *goals) for part in (
-            runtime.read_config(sample.Config, cfg.sample), *stages(cfg, goal))]
+            options.read_config(sample.Config, cfg.sample), *stages(cfg, goal))]
         return sum(hours(config, part, gpus, gpu, response) for part in parts)
     if isinstance(cfg, sample.Config | evaluate.Config):
         tokens = sum(number * min(response, longest) for number, longest in draws(cfg))
@@ -118,7 +119,7 @@ def needs(config, cfg, gpus=8, gpu=None, response=None):
     """
     if isinstance(cfg, erpd.Config):
         runs = stages(cfg)
-        longest = runtime.read_config(sample.Config, cfg.sample).max_new_tokens
+        longest = options.read_config(sample.Config, cfg.sample).max_new_tokens
     else:
         runs = [cfg]
         trains = isinstance(cfg, stage1.Config | stage2.Config)
@@ -135,7 +136,7 @@ def needs(config, cfg, gpus=8, gpu=None, response=None):
 
 def stages(cfg, goal=None):
     """The configs of the stages of a round, of one for the run `goal` or with all runs."""
-    return [runtime.read_config(kind, run.config, run.set)
+    return [options.read_config(kind, run.config, run.set)
             for kind, many in ((stage1.Config, cfg.stage1), (stage2.Config, cfg.stage2))
             for run in many if goal is None or run.name in erpd.needed(cfg, goal)]
 
@@ -165,7 +166,7 @@ def step_tokens(cfg, response):
 def estimate(file, gpus=8, gpu=None):
     """A run config in a model's folder -> one line: GPUs, memory, hours."""
     file = Path(file)
-    cfg = runtime.read_config(KINDS[file.stem.split("_")[0]], file)
+    cfg = options.read_config(KINDS[file.stem.split("_")[0]], file)
     parts, gpu, fits, time = needs(
         models.read_config(file.parent), cfg, gpus, gpu, _response(file))
     least = "" if "state" in parts else "at least "
@@ -255,7 +256,7 @@ def main():
         if kind not in KINDS:
             raise ValueError(f"there is no plan for {args.what[0]}; there is one for sample.py, "
                              "stage1.py, stage2.py, evaluate.py and erpd.py")
-        cfg = runtime.read_config(KINDS[kind], args.config, args.set)
+        cfg = options.read_config(KINDS[kind], args.config, args.set)
         return print(describe(kind, cfg, args.config, gpus, gpu))
     print(HEADER.replace("8 x", f"{gpus} x"))
     for folder in args.what:

@@ -44,10 +44,11 @@ from pathlib import Path
 
 import durable
 import hf
+import options
 import rollouts
 import runtime
 import sandbox
-from runtime import key
+from options import key
 
 TABLE = Path(__file__).with_name("configs") / "problems.toml"
 MAX_FILE, MAX_TESTS, MAX_TEXT = 2**31, 2**28, 100_000  # bytes, bytes of a problem, characters
@@ -85,11 +86,11 @@ def entries(file=TABLE):
     with durable.reading(file, "see configs/problems.toml of the repository"):
         names = tomllib.loads(Path(file).read_text(encoding="utf-8"))
         table = dataclasses.make_dataclass("Table", [(name, Entry) for name in names])
-    sets = vars(runtime.read_config(table, file))
+    sets = vars(options.read_config(table, file))
     for name, e in sets.items():
         for field, low, high in (("k", 1, None), ("temperature", 0, None), ("top_p", 0, 1),
                                  ("max_new_tokens", 1, None), ("size", 0, None)):
-            runtime.in_range(f"{file}: {name}.{field}", getattr(e, field), least=low, most=high)
+            options.in_range(f"{file}: {name}.{field}", getattr(e, field), least=low, most=high)
         if "{problem}" not in e.prompt:
             raise ValueError(f"{file}: {name}.prompt must contain {{problem}}")
         if bool(e.answer) == bool(e.tests):
@@ -348,7 +349,7 @@ def _grams(tokens):
 
 def settings(entry):
     """How the set is evaluated, as TOML for the config of evaluate.py."""
-    return runtime.to_toml({
+    return options.to_toml({
         "max_new_tokens": entry.max_new_tokens, "pass_at": sorted({1, entry.k}),
         "sampling": [{"name": f"AVG@{entry.k}", "temperature": entry.temperature,
                       "top_p": entry.top_p, "n": entry.k}],

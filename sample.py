@@ -43,10 +43,11 @@ import kernels
 import memory
 import mixing
 import model as models
+import options
 import rollouts
 import runtime
 import sandbox
-from runtime import key, section
+from options import key, section
 
 
 class Sequence(NamedTuple):
@@ -276,7 +277,7 @@ class Config:
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
+    cfg = options.parse(Config, __doc__)
     ranks = runtime.start()
     rows = rollouts.read_prompts(
         cfg.prompts, problem=cfg.problem, answer=cfg.answer, tests=cfg.tests)

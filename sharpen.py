@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 import model as models
+import options
 import runtime
-from runtime import key
+from options import key
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Config:
 
     def __post_init__(self):
         for tau in self.temperatures:
-            runtime.in_range("temperatures", tau, least=0.01, most=100)
+            options.in_range("temperatures", tau, least=0.01, most=100)
             if abs(100 * tau - round(100 * tau)) > 1e-9:
                 raise ValueError(f"temperatures: {tau} is not a whole number of hundredths")
 
@@ -41,7 +42,7 @@ def sharpen(model, temperature):
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
+    cfg = options.parse(Config, __doc__)
     ranks = runtime.start()
     runtime.lock(cfg.output, ranks)
     if ranks.rank:

@@ -43,9 +43,10 @@ import torch.distributed as dist
 
 import critic
 import losses
+import options
 import rollouts
 import runtime
-from runtime import key, section
+from options import key, section
 
 # the keys of [loss] that only some objectives read
 READS = {"ce": {"beta", "aggregate", "reference"},
@@ -95,14 +96,14 @@ class Loss:
     entropy_coef: float = key(0.0, "weight of the entropy bonus")
 
     def __post_init__(self):
-        runtime.one_of("loss.name", self.name, READS)
-        runtime.one_of("loss.aggregate", self.aggregate, ("sum", "mean"))
-        runtime.one_of("loss.kl", self.kl, losses.PENALTIES)
+        options.one_of("loss.name", self.name, READS)
+        options.one_of("loss.aggregate", self.aggregate, ("sum", "mean"))
+        options.one_of("loss.kl", self.kl, losses.PENALTIES)
         runtime.check_average(self, "loss")
         for name in ("beta", "clip_low", "clip_high", "cispo_clip", "c1_pos", "c2_pos", "c1_neg",
                      "c2_neg", "tau_pos", "tau_neg", "negative_weight", "tilt", "kl_coef"):
-            runtime.in_range(f"loss.{name}", getattr(self, name), least=0)
-        runtime.in_range("loss.entropy_coef", self.entropy_coef)
+            options.in_range(f"loss.{name}", getattr(self, name), least=0)
+        options.in_range("loss.entropy_coef", self.entropy_coef)
 
     @property
     def unread(self):
@@ -134,12 +135,12 @@ class Config:
     train: runtime.Train = section(runtime.Train)
 
     def __post_init__(self):
-        runtime.in_range("steps", self.steps, above=0)
-        runtime.in_range("logprob_temperature", self.logprob_temperature, least=0)
+        options.in_range("steps", self.steps, above=0)
+        options.in_range("logprob_temperature", self.logprob_temperature, least=0)
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
+    cfg = options.parse(Config, __doc__)
     ranks = runtime.start(cfg.train.replicas)
     batch = rollouts.load(cfg.batch)
     rollouts.require_fit(batch, range(len(batch)), cfg.train.max_tokens)

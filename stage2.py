@@ -37,9 +37,10 @@ import torch
 import torch.distributed as dist
 
 import losses
+import options
 import rollouts
 import runtime
-from runtime import key, section
+from options import key, section
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Signal:
         True, "whitening subtracts the mean (ours; the paper says only 'whitening')")
 
     def __post_init__(self):
-        runtime.one_of("signal.keep", self.keep, ("both", "positive", "negative"))
-        runtime.in_range("signal.steps", self.steps, above=0)
+        options.one_of("signal.keep", self.keep, ("both", "positive", "negative"))
+        options.in_range("signal.steps", self.steps, above=0)
         if self.numerator == "evolving":
             raise ValueError("signal.numerator cannot be 'evolving'; "
                              "the current policy can only be the denominator")
@@ -73,11 +74,11 @@ class Trust:
     entropy_coef: float = key(0.0, "weight of the entropy bonus (Table 6b: 0.5)")
 
     def __post_init__(self):
-        runtime.one_of("trust.kl", self.kl, losses.PENALTIES)
+        options.one_of("trust.kl", self.kl, losses.PENALTIES)
         runtime.check_average(self, "trust")
         for name in ("clip_low", "clip_high", "kl_coef"):
-            runtime.in_range(f"trust.{name}", getattr(self, name), least=0)
-        runtime.in_range("trust.entropy_coef", self.entropy_coef)
+            options.in_range(f"trust.{name}", getattr(self, name), least=0)
+        options.in_range("trust.entropy_coef", self.entropy_coef)
 
     @property
     def unread(self):
@@ -104,11 +105,11 @@ class Config:
         if not self.signal:
             raise ValueError("at least one [[signal]] section is needed, "
                              "with its numerator and denominator")
-        runtime.in_range("logprob_temperature", self.logprob_temperature, least=0)
+        options.in_range("logprob_temperature", self.logprob_temperature, least=0)
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
+    cfg = options.parse(Config, __doc__)
     ranks = runtime.start(cfg.train.replicas)
     batch = rollouts.load(cfg.batch)
     rollouts.require_fit(batch, range(len(batch)), cfg.train.max_tokens)

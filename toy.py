@@ -39,8 +39,9 @@ import torch.distributed as dist
 
 import durable
 import model as models
+import options
 import runtime
-from runtime import key, section
+from options import key, section
 
 OPERATIONS = [(op, b) for op in "+-*" for b in ((3, 7, 9) if op == "*" else range(1, 10))]  # 21
 CHARACTERS = "_.0123456789+-*=,;:|hmw"  # "_" is padding, "." ends a response
@@ -86,7 +87,7 @@ class Config:
     train: Train = section(Train)
 
     def __post_init__(self):
-        runtime.one_of("task.kind", self.task.kind, ("rules", "facts"))
+        options.one_of("task.kind", self.task.kind, ("rules", "facts"))
 
 
 # ---------------------------------------------------------------- the task
@@ -257,7 +258,7 @@ def traces(cfg, table, tokenizer, step, rank, world):
 
 
 def main():
-    cfg = runtime.parse(Config, __doc__)
+    cfg = options.parse(Config, __doc__)
     ranks = runtime.start()
     ranks.note_unread("task", cfg.task, {"bad"} if cfg.task.kind == "rules" else set())
     folder, table = Path(cfg.output), corrupted_table(cfg.task, cfg.seed)

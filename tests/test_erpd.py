@@ -10,8 +10,8 @@ from conftest import ROOT
 
 import claims
 import erpd
+import options
 import rollouts
-import runtime
 
 TASK = """
 output = "unused"
@@ -219,7 +219,7 @@ def test_references(ref, parts):
 def test_what_does_not_fit_together(tmp_path, change, words):
     assert CONFIG.count(change[0]) >= 1
     with pytest.raises(ValueError, match=words):
-        runtime.read_config(erpd.Config, place(tmp_path, CONFIG.replace(*change)))
+        options.read_config(erpd.Config, place(tmp_path, CONFIG.replace(*change)))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -231,7 +231,7 @@ def test_what_is_seen_before_anything_runs(tmp_path, change, words):
     assert CONFIG.count(change[0]) >= 1
     with pytest.raises(ValueError, match=words):
         erpd.check_configs(
-            runtime.read_config(erpd.Config, place(tmp_path, CONFIG.replace(*change))))
+            options.read_config(erpd.Config, place(tmp_path, CONFIG.replace(*change))))
 
 
 def test_runs_of_one_name_are_one_run():
@@ -240,7 +240,7 @@ def test_runs_of_one_name_are_one_run():
     for file in sorted((ROOT / "configs/toy/paper").glob("*.toml")):
         if file.stem.split("_")[0] in ("sample", "stage1"):
             continue
-        cfg = runtime.read_config(erpd.Config, file)
+        cfg = options.read_config(erpd.Config, file)
         erpd.check_configs(cfg)
         assert (cfg.report.endswith(file.stem) and cfg.record.endswith(f"{file.stem}.jsonl")
                 and cfg.claim), file

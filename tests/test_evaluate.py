@@ -18,6 +18,7 @@ from conftest import ROOT
 import evaluate as E
 import grade
 import model as models
+import options
 import responses
 import results
 import rollouts
@@ -93,9 +94,9 @@ rule = "unlearned"
 def test_bad_configs_are_refused(tmp_path, override, message):
     """Said at once, not after hours of sampling, and never by mixing two columns up."""
     (tmp_path / "c.toml").write_text(CONFIG)
-    runtime.read_config(E.Config, tmp_path / "c.toml")
+    options.read_config(E.Config, tmp_path / "c.toml")
     with pytest.raises(ValueError, match=message):
-        runtime.read_config(E.Config, tmp_path / "c.toml", [override])
+        options.read_config(E.Config, tmp_path / "c.toml", [override])
 
 
 # ---------------------------------------------------------------- a whole evaluation
@@ -397,7 +398,7 @@ def test_a_new_grader_over_old_samples(evaluated, copied, monkeypatch):
     assert [r["accuracy"] for r in rerun(monkeypatch, evaluated, copied)["rows"]] == [
         r["accuracy"] for r in before]
     with monkeypatch.context() as patched:
-        patched.setattr(runtime, "parse", lambda kind, text, switches, parse=runtime.parse: parse(
+        patched.setattr(runtime, "parse", lambda kind, text, switches, parse=options.parse: parse(
             kind, text, [*sys.argv[1:], "--regrade"], switches))
         after = rerun(patched, evaluated, copied)["rows"]
     assert all(r["accuracy"] == r["undecided"] == 0.5 for r in after)
@@ -437,7 +438,7 @@ def test_a_damaged_sample_is_named(evaluated, copied, monkeypatch):
 def test_impossible_values_are_refused_at_once(tmp_path, override, words):
     (tmp_path / "c.toml").write_text(CONFIG)
     with pytest.raises(ValueError, match=words):
-        runtime.read_config(E.Config, tmp_path / "c.toml", [override])
+        options.read_config(E.Config, tmp_path / "c.toml", [override])
 
 
 def test_policies_of_two_rounds(evaluated, copied, monkeypatch):

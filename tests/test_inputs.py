@@ -33,6 +33,7 @@ import erpd
 import evaluate
 import hf
 import model as models
+import options
 import rollouts
 import runtime
 import sample
@@ -1304,7 +1305,7 @@ def test_names_of_runs_are_names(tmp_path, name, section):
     text += 'numerator = "old"\n' if section == "stage2" else ""
     file = place(tmp_path / "rounds.toml", text)
     with refused("name"):
-        runtime.read_config(erpd.Config, file)
+        options.read_config(erpd.Config, file)
 
 
 @pytest.mark.parametrize("key", [
@@ -2120,7 +2121,7 @@ def test_fuzz_toml(data, kind, tmp_path_factory):
         if "\r" in content:
             return
     # what a section refuses about its own values names the key
-    survives(lambda: runtime.read_config(kind.Config, file), "c.toml", *KEYS)
+    survives(lambda: options.read_config(kind.Config, file), "c.toml", *KEYS)
 
 
 KEYS = ("loss.", "train.", "trust.", "signal", "policy", "sampling", "select", "pass_at",
@@ -2162,7 +2163,7 @@ def test_fuzz_run_folders(data, name, ranks, finished_runs, tmp_path_factory):
     record = json.loads((folder / "run.json").read_text())
     record["config"]["output"] = str(folder)
     (folder / "run.json").write_text(json.dumps(record))
-    config = runtime._build(stage1.Config, record["config"], "", "record")
+    config = options._build(stage1.Config, record["config"], "", "record")
     lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     if name == "metrics.jsonl":
         line = data.draw(replaced(json.loads(lines[0])).map(dumps) | mutated(lines[0]))

@@ -12,8 +12,8 @@ import evaluate
 import memory
 import mixing
 import model as models
+import options
 import plan
-import runtime
 import sample
 
 FOLDERS = sorted(file.parent for file in (ROOT / "configs").glob("*/config.json"))
@@ -76,7 +76,7 @@ def test_operations_of_a_forward_pass(monkeypatch, policy):
 def test_evaluations_are_counted_as_their_benchmarks_say():
     """Sizes and K of the table, the extra pass for KL, every policy; a limit."""
     def drawn(*overrides):
-        return plan.draws(runtime.read_config(evaluate.Config, None, [
+        return plan.draws(options.read_config(evaluate.Config, None, [
             "base=x", "output=x", *overrides]))
 
     sets = 'benchmark=[{name="aime24"},{name="imo_answerbench",n=3}]'
@@ -99,7 +99,7 @@ def test_slots_cost_memory():
     config = models.read_config(ROOT / "configs" / "qwen3_4b")
 
     def peak(*overrides):
-        cfg = runtime.read_config(sample.Config, None, [
+        cfg = options.read_config(sample.Config, None, [
             "policy=x", "prompts=x", "output=x", *overrides])
         return plan.needs(config, cfg)[0]["peak"]
 

@@ -13,6 +13,7 @@ import zlib
 import pytest
 from conftest import ROOT
 
+import options
 import problems
 import rollouts
 
@@ -63,12 +64,11 @@ def test_every_named_set(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("name", SETS)
 def test_settings_are_a_config_of_evaluate(name, tmp_path):
     import evaluate
-    import runtime
 
     e = problems.entry(name)
     file = tmp_path / "evaluate.toml"
     file.write_text('base = "b"\nprompts = "p"\noutput = "o"\n' + problems.settings(e))
-    config = runtime.read_config(evaluate.Config, file)
+    config = options.read_config(evaluate.Config, file)
     assert config.chat.template == e.prompt and "{problem}" in e.prompt
     assert config.sampling[0].n == e.k and config.max_new_tokens == e.max_new_tokens
 

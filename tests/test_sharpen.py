@@ -5,7 +5,7 @@ import torch
 from conftest import write_hybrid, write_policy
 
 import model as models
-import runtime
+import options
 import sharpen
 
 
@@ -30,5 +30,5 @@ def test_logits_are_divided(tmp_path, run, write):
 @pytest.mark.parametrize("tau", [0.0, -1.0, 0.123, float("nan")])
 def test_bad_temperatures(tau):
     with pytest.raises(ValueError, match="temperatures"):
-        runtime.read_config(sharpen.Config, None, ["policy=x", "output=y",
+        options.read_config(sharpen.Config, None, ["policy=x", "output=y",
                                                    f"temperatures=[{tau}]"])

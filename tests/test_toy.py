@@ -15,8 +15,8 @@ import torch.distributed as dist
 from conftest import ROOT
 
 import model as models
+import options
 import rollouts
-import runtime
 import toy
 
 RULES, FACTS = toy.Task(kind="rules"), toy.Task(kind="facts")
@@ -328,7 +328,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["r5", "f5", "f8", "r8"])
 def test_shipped_configs(name):
     """A config that a README names must parse, and be what its name says."""
-    cfg = runtime.read_config(toy.Config, ROOT / "configs" / "toy" / f"{name}.toml")
+    cfg = options.read_config(toy.Config, ROOT / "configs" / "toy" / f"{name}.toml")
     assert cfg.task.kind == {"r": "rules", "f": "facts"}[name[0]]
     assert cfg.task.steps == int(name[1])
     assert 10 * 21 ** cfg.task.steps > 100 * (cfg.task.prompts + cfg.task.test)
@@ -340,4 +340,4 @@ def test_shipped_configs(name):
 def test_bad_configs_are_refused(override, message):
     """A misspelt key must not silently train the default task."""
     with pytest.raises(ValueError, match=message):
-        runtime.read_config(toy.Config, None, ["output=x", override])
+        options.read_config(toy.Config, None, ["output=x", override])
