@@ -1,0 +1,95 @@
+"""paper.py: RESULTS.md is what the recorded seeds say, and nothing else."""
+
+import json
+import random
+import re
+
+import pytest
+from conftest import ROOT
+
+import claims
+import erpd
+import options
+import paper
+
+
+def invented(name, seed):
+    """A record of an experiment with all the rows that its claims name."""
+    cfg = options.read_config(erpd.Config, ROOT / paper.CONFIGS / f"{name}.toml")
+    rng = random.Random(f"{name} {seed}")
+    wanted = {"base"} | {ref for c in cfg.claim for ref in (c.of, c.against)}
+    for path, goals in cfg.paths:
+        for k, goal in enumerate(goals, 1):
+            run, at, step = goal.partition("@")
+            wanted |= {f"{path}.{run} (round {k}){at}{step}" if k > 1 else goal} - {""}
+    rows, curves = {}, {}
+    for ref in sorted(wanted, key=lambda ref: (ref != "base", ref)):
+        run, number, at = re.fullmatch(r"(.*?)(?: \(round (\d+)\))?(?:@(\d+))?", ref).groups()
+        number = int(number or (ref != "base"))
+        for step in ({int(at)} if at else {8, 16}) if ref != "base" else {None}:
+            role = "base" if ref == "base" else "student" if run in [
+                s.name for s in cfg.stage2] else "teacher"
+            rows[run, number, step] = {
+                "policy": run, "round": 0 if ref == "base" else number, "role": role, "step": step,
+                "kl": 0.0 if ref == "base" else rng.uniform(0.001, 0.1), "kl_efficiency": None,
+                "entropy": rng.uniform(0.3, 0.6), "length": 34.0, "seconds": 1.0, "sampling": {
+                    column: {"accuracy": rng.random(), "accuracy_se": 0.01, "truncated": 0.0}
+                    for column in paper.COLUMNS}}
+        curves[run] = {"step": [1, 2, 4], **{c: [0.1, None, 0.3] for c in claims.CURVES}}
+    return {"experiment": name, "seed": seed, "settings": "s", "machine": {
+        "cpu": "a chip", "cores": 2, "torch": "2"}, "wall": {"task": 60.0, "sample": 30.0},
+        "rows": list(rows.values()), "curves": curves,
+        "selection": [{"run": "ce", "rule": "best", "step": 16}]}
+
+
+EXPERIMENTS = sorted(p.stem for p in (ROOT / paper.CONFIGS).glob("*.toml")
+                     if p.stem.split("_")[0] not in ("sample", "stage1"))
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "RECORDS", tmp_path)
+    monkeypatch.setattr(paper, "CONFIGS", ROOT / paper.CONFIGS)
+    for name in EXPERIMENTS:
+        for seed in range(3):
+            claims.append(tmp_path / f"{name}.jsonl", invented(name, seed))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_claim_can_be_held_against_rows(name, records):
+    """A claim's names and columns fit together, and its row has a verdict."""
+    text = paper.block(f"{name} claims")
+    asked = paper.claims_of(name)
+    assert text.count("| **") == len(asked) > 0
+    assert set(re.findall(r"\*\*(.*?)\*\*", text)) <= {"holds", "fails", "undecided"}
+    assert paper.block(f"{name} run").startswith(f"`python erpd.py --config {paper.CONFIGS}/{name}")
+    assert paper.block(f"{name} rows").count("\n") >= 4
+
+
+def test_pictures(records):
+    for name, (experiment, draw) in paper.FIGURES.items():
+        draw(claims.read(records / f"{experiment}.jsonl"), records / f"{name}.png")
+        assert (records / f"{name}.png").stat().st_size > 5000, name
+
+
+def test_a_page_keeps_what_is_written_by_hand(records):
+    text = ("# A\n\n<!-- table7 claims -->\nstale\n<!-- end -->\nby hand\n"
+            "<!-- summary -->\n<!-- end -->")
+    page = paper.page(text)
+    assert "stale" not in page and "\nby hand\n" in page and paper.page(page) == page
+    assert "| table7 | 3 | " in page
+    assert page.count("<!-- end -->") == 2
+
+
+def test_results_are_what_the_records_say(monkeypatch):
+    """RESULTS.md in the repository: run `python paper.py` after recording a seed."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "RESULTS.md").read_text()
+    recorded = {p.stem for p in (ROOT / "docs/results").glob("*.jsonl")}
+    shown = set(re.findall(r"<!-- (\w+) claims -->", text))
+    assert shown == recorded
+    assert paper.page(text) == text
+    for file in (ROOT / "docs/results").glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            assert json.loads(line)["experiment"] == file.stem
