@@ -75,11 +75,14 @@ class Sampling:
     top_p: float = key(1.0, "nucleus")
     top_k: int = key(0, "0: off")
     min_p: float = key(0.0, "0: off")
+    presence_penalty: float = key(0.0, "off the logits of tokens that the response has already")
+    repetition_penalty: float = key(1.0, "divides the logits of those that it or the prompt has")
     n: int = key(4, "samples a prompt: the K of AVG@K (paper: 32; greedy needs 1)")
 
     def __post_init__(self):
         for name, bounds in (("temperature", dict(least=0)), ("top_p", dict(above=0, most=1)),
                              ("top_k", dict(least=0)), ("min_p", dict(least=0, most=1)),
+                             ("presence_penalty", {}), ("repetition_penalty", dict(above=0)),
                              ("n", dict(least=1))):
             options.in_range(f"sampling.{name}", getattr(self, name), **bounds)
 
@@ -142,6 +145,8 @@ class Config:
                                        "accuracy; none: as each benchmark's table says")
     select: list[Select] = key([], "[[select]] sections")
     compare: list[Compare] = key([], "[[compare]] sections")
+    stop_tokens: list[int] = key([], "token ids that end a response, beside the model's own")
+    stop_strings: list[str] = key([], "texts that end a response, and stay in it")
     max_new_tokens: int = key(0, "longest response; 0: as the benchmark's table says, else 32768")
     kl_temperature: float = key(1.0, "temperature at which KL and entropy are sampled and scored")
     kl_samples: int = key(
@@ -232,9 +237,9 @@ def tasks(cfg, ranks):
 
 
 def untruncated(cfg, sampling):
-    """Name of the sampling drawn as KL is scored (its temperature, no truncation), or None."""
-    return next((s.name for s in sampling if s.temperature == cfg.kl_temperature
-                 and s.top_p == 1 and s.top_k == 0 and s.min_p == 0), None)
+    """Name of the sampling drawn as KL is scored (its temperature, nothing else), or None."""
+    return next((s.name for s in sampling if s == Sampling(
+        s.name, temperature=cfg.kl_temperature, n=s.n)), None)
 
 
 def drawn(cfg, task):
@@ -266,15 +271,16 @@ def job(cfg, task, path, checkpoint, base):
     """What there is to do for one checkpoint and task. checkpoint, base: fingerprints."""
     config, tokenizer = models.read_config(path), models.Tokenizer(path)
     prompts = [rollouts.prompt_tokens(tokenizer, row, **asdict(task.chat)) for row in task.rows]
-    sample.check_prompts(task.rows, prompts, tokenizer, config.vocab)
+    sample.check_prompts(task.rows, prompts, tokenizer, config.vocab, cfg.stop_tokens)
     if (vocab := models.read_config(cfg.base).vocab) != config.vocab:
         raise ValueError(f"{path}: has a vocabulary of {config.vocab}, the base of {vocab}: "
                          "there is no KL between them")
     samplings, plain = drawn(cfg, task)
-    decides = responses.digest([checkpoint, prompts, list(tokenizer.stop), task.max_new_tokens,
+    stop = [*tokenizer.stop, *cfg.stop_tokens, *cfg.stop_strings]
+    decides = responses.digest([checkpoint, prompts, stop, task.max_new_tokens,
                                 cfg.seed])
     folder = {s.name: Path(cfg.samples or f"{cfg.output}/samples") / responses.digest([
-        decides, s.temperature, s.top_p, s.top_k, s.min_p]) for s in samplings}
+        decides, {**asdict(s), "name": "", "n": 0}]) for s in samplings}
     rewards = {s.name: responses.rewards_file(
         folder[s.name], task.rows, s.n, cfg.lenient, cfg.grading) for s in task.sampling}
     sampling = {s.name: s for s in samplings}
@@ -317,7 +323,8 @@ def measure(path, cfg, ranks, jobs, title, tell):
                     durable.write_text(j.folder[name] / "settings.json", json.dumps({
                         "policy": title, "path": str(path), "benchmark": j.task.name,
                         "sampling": asdict(s), "problems": [r["id"] for r in j.task.rows]}))
-                mine.draw(load(), j.prompts, s, seed=cfg.seed, slots=slots, tokenizer=tokenizer)
+                mine.draw(load(), j.prompts, s, seed=cfg.seed, slots=slots, tokenizer=tokenizer,
+                          stop_tokens=cfg.stop_tokens, stop_strings=cfg.stop_strings)
                 dist.barrier()
     for j in jobs:
         for name, file in j.rewards.items():

@@ -90,7 +90,7 @@ class Samples:
     def complete(self):
         return len(self.found) == len(self.mine) * self.n
 
-    def draw(self, model, prompts, s, *, seed, slots, tokenizer):
+    def draw(self, model, prompts, s, *, seed, slots, tokenizer, stop_tokens=(), stop_strings=()):
         """Draw what is missing; s: the settings of the sampling."""
         self.folder.mkdir(parents=True, exist_ok=True)
         skip = {(place, j) for place, p in enumerate(self.mine) for j in range(self.n)
@@ -98,7 +98,9 @@ class Samples:
         stream = sample.stream(
             model, [prompts[p] for p in self.mine], n=self.n, max_new_tokens=self.longest,
             temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p,
-            stop=tokenizer.stop, seed=seed, slots=slots, ids=self.mine, skip=skip)
+            presence_penalty=s.presence_penalty, repetition_penalty=s.repetition_penalty,
+            stop=(*tokenizer.stop, *stop_tokens), stop_strings=stop_strings,
+            decode=tokenizer.decode, seed=seed, slots=slots, ids=self.mine, skip=skip)
         for q, j in tqdm(stream, total=len(self.mine) * self.n - len(skip), unit="seq",
                          disable=self.ranks.rank != 0, leave=False, delay=10, mininterval=5,
                          desc=s.name):

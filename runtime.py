@@ -198,6 +198,7 @@ class Ranks:
     world: int
     device: torch.device
     mesh: object
+    store: object  # keys and counters that all ranks share
 
     def print(self, *text):
         if self.rank == 0:
@@ -251,14 +252,16 @@ def start(replicas=0):
         if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
             os._exit(143)  # it was killed before this process got here
     wait = timedelta(days=7)  # a rank that is done with its prompts waits for the slowest
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if world > 1:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=5)))
         store.set_timeout(wait)
         if per_node == world:  # torchrun --max-restarts keeps the store, with the dead ranks' names
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            store = dist.PrefixStore(again, store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=wait)
     replicas = replicas or world // per_node
     if world % replicas:
         raise ValueError(f"replicas = {replicas} does not divide {world} ranks")
@@ -267,7 +270,7 @@ def start(replicas=0):
                                 mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return Ranks(rank, world, device, mesh)
+    return Ranks(rank, world, device, mesh, dist.PrefixStore(f"erpd {again}", store))
 
 
 # ---------------------------------------------------------------- policy and optimiser

@@ -18,18 +18,19 @@ measured and printed there.
 
     python sample.py --config configs/toy/sample.toml
     torchrun --nproc-per-node 8 sample.py --config configs/qwen3_4b/sample.toml
-        # prompts are split by rank
 
-A killed sampler started again keeps every response it had finished: those of complete shards, and
-in a journal those of shards that were not complete yet.
+Ranks take shards of prompts from one counter, so that a long response keeps no other rank waiting,
+and grade a finished shard in a thread beside the sampling. A killed sampler started again keeps
+every response it had finished: those of complete shards, and in a journal those of shards that were
+not complete yet.
 """
 
 import hashlib
 import random
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,17 +63,23 @@ class Sequence(NamedTuple):
 
 
 def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
-             stop=(), seed=0, slots=256, ids=None, progress=False):
+             presence_penalty=0.0, repetition_penalty=1.0, stop=(), stop_strings=(), decode=None,
+             seed=0, slots=256, ids=None, progress=False):
     """Sample n responses to each of `prompts` (lists of token ids) -> list of Sequence,
     prompt by prompt.
 
     temperature 0 is greedy (its logp is at temperature 1). Truncation in this order: top_k (0:
-    off), top_p, min_p (relative to the likeliest token); the likeliest token always stays. `stop`
-    token ids end a response and belong to it. `ids` identify the prompts to the random numbers
+    off), top_p, min_p (relative to the likeliest token); the likeliest token always stays. Before
+    it, presence_penalty is taken off the logits of tokens that the response has already, and logits
+    of those that it or the prompt has are divided by repetition_penalty (multiplied below 0).
+    `stop` token ids end a response and belong to it, as does what completes one of `stop_strings`,
+    for which decode(tokens) -> text is needed. `ids` identify the prompts to the random numbers
     (default: their places); `progress` shows a bar. ValueError on an empty prompt.
     """
     settings = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                    top_k=top_k, min_p=min_p, stop=stop, seed=seed, slots=slots, ids=ids)
+                    top_k=top_k, min_p=min_p, presence_penalty=presence_penalty,
+                    repetition_penalty=repetition_penalty, stop=stop, stop_strings=stop_strings,
+                    decode=decode, seed=seed, slots=slots, ids=ids)
     drawn = tqdm(stream(model, prompts, **settings), total=len(prompts) * n, unit="seq",
                  disable=not progress, mininterval=5, leave=False, delay=10)
     finished = {(s.prompt, sample): s for s, sample in drawn}
@@ -81,30 +88,51 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0,
 
 @torch.no_grad()
 def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed,
-           slots, ids=None, skip=frozenset()):
+           slots, presence_penalty=0.0, repetition_penalty=1.0, stop_strings=(), decode=None,
+           ids=None, skip=frozenset(), feed=None):
     """`generate`, yielding (Sequence, sample number) as they finish, without those that `skip`
-    names as (prompt, sample number).
+    names as (prompt, sample number). With `feed` not all prompts: whenever slots are free,
+    feed() -> [(prompt, sample number)] says what comes next, None that nothing does.
     """
     if empty := [i for i, p in enumerate(prompts) if not len(p)]:
         raise ValueError(f"prompt {empty[0]} is empty")
     if (max_new_tokens < 1 or n < 1 or not 0 <= temperature < float("inf")
-            or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1):
+            or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1
+            or not abs(presence_penalty) < float("inf")
+            or not 0 < repetition_penalty < float("inf")):
         raise ValueError(
             "sampling needs max_new_tokens >= 1, n >= 1, temperature >= 0, 0 < top_p <= 1, "
-            "top_k >= 0, 0 <= min_p <= 1; "
-            f"got {max_new_tokens}, {n}, {temperature}, {top_p}, {top_k}, {min_p}")
+            "top_k >= 0, 0 <= min_p <= 1, a finite presence_penalty, repetition_penalty > 0; "
+            f"got {max_new_tokens}, {n}, {temperature}, {top_p}, {top_k}, {min_p}, "
+            f"{presence_penalty}, {repetition_penalty}")
+    if stop_strings and (not decode or not all(stop_strings)):
+        raise ValueError("stop_strings must not be empty, and need `decode`")
     device, stop = model.device, frozenset(stop)
+    penalties = presence_penalty or repetition_penalty != 1.0
     ids = range(len(prompts)) if ids is None else ids
-    queue = deque((p, sample) for p in range(len(prompts)) for sample in range(n)
-                  if (p, sample) not in skip)
-    if not queue:
-        return
-    slots = min(slots, len(queue))
+    queue = deque()
+    if feed is None:
+        queue.extend((p, sample) for p in range(len(prompts)) for sample in range(n)
+                     if (p, sample) not in skip)
+        if not queue:
+            return
+        slots = min(slots, len(queue))
     cache = mixing.Cache(model, slots, max(map(len, prompts)) + max_new_tokens)
     live = []  # one dict a slot, slots 0 .. len(live) - 1
+    said = prompted = None  # tokens of each slot's response and prompt, [slots, V]
+    if penalties:
+        said, prompted = (torch.zeros(slots, len(model.head), dtype=torch.bool, device=device)
+                          for _ in range(2))
 
-    while queue or live:
+    while True:
         room = slots - len(live)
+        while feed and len(queue) < room:
+            if (more := feed()) is None:
+                feed = None
+            else:
+                queue.extend(more)
+        if not queue and not live:
+            return
         # few, large prefills
         if queue and (not live or room >= min(len(queue), max(slots // 8, 1))):
             new = next_in_line(queue, room, [len(prompt) for prompt in prompts])
@@ -119,9 +147,13 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
                 packed.to(device), cu_seqlens.to(device), cache, which, slot)[which]
             rows = [{"prompt": p, "sample": sample, "seed": _seed(seed, ids[p], sample),
                      "length": len(prompts[p]), "tokens": [], "logp": []} for p, sample in new]
+            if penalties:
+                said[slot] = prompted[slot] = False
+                for at, (p, _) in zip(slot.tolist(), new, strict=True):
+                    prompted[at, torch.tensor(prompts[p], device=device)] = True
             live += rows
         else:
-            rows = live
+            rows, slot = live, torch.arange(len(live), device=device)
             tokens = torch.tensor([row["tokens"][-1] for row in rows], device=device)
             cached = [row["length"] for row in rows]
             hidden = model.decode(
@@ -132,18 +164,22 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
         uniform = _uniform(torch.tensor([row["seed"] for row in rows]),
                            torch.tensor([len(row["tokens"]) for row in rows]))
         logits = kernels.logits(hidden, model.head)  # [S, V] float32
-        tokens, logp = pick(logits, uniform.to(device), temperature=temperature, top_p=top_p,
-                            top_k=top_k, min_p=min_p)
+        tokens, logp = pick(
+            logits, uniform.to(device), temperature=temperature, top_p=top_p, top_k=top_k,
+            min_p=min_p, penalised=penalise(logits, said[slot], prompted[slot], presence_penalty,
+                                            repetition_penalty) if penalties else None)
+        if penalties:
+            said[slot, tokens] = True
         for row, token, lp in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
             row["tokens"].append(token)
             row["logp"].append(lp)
 
+        stopped = [ends(row["tokens"], stop, stop_strings, decode) for row in live]
         over = [i for i, row in enumerate(live)
-                if row["tokens"][-1] in stop or len(row["tokens"]) == max_new_tokens]
+                if stopped[i] or len(row["tokens"]) == max_new_tokens]
         for i in over:
             row = live[i]
-            yield (Sequence(row["prompt"], row["tokens"], row["logp"], row["tokens"][-1] in stop),
-                   row["sample"])
+            yield Sequence(row["prompt"], row["tokens"], row["logp"], stopped[i]), row["sample"]
         if over:  # the last live slots move into the places that became free
             left = len(live) - len(over)
             gone = set(over)
@@ -151,6 +187,8 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
                               [i for i in over if i < left])
             if source:
                 cache.move(source, target, max(live[i]["length"] for i in source))
+                if penalties:
+                    said[target], prompted[target] = said[source], prompted[source]
             for a, b in zip(source, target, strict=True):
                 live[b] = live[a]
             del live[left:]
@@ -171,17 +209,35 @@ def next_in_line(queue, room, lengths):
     return new
 
 
-def pick(logits, uniform, *, temperature, top_p=1.0, top_k=0, min_p=0.0):
+def ends(tokens, stop, stop_strings, decode):
+    """Whether the last token is one of `stop`, or completes one of `stop_strings`."""
+    if tokens[-1] in stop or not stop_strings:
+        return tokens[-1] in stop
+    tail = decode(tokens[-4 * max(map(len, stop_strings)) - 4:])  # a character may take 4 tokens
+    return any(string in tail for string in stop_strings)
+
+
+def penalise(logits, said, prompted, presence, repetition):
+    """Logits [S, V] less those of tokens that have occurred: said, prompted [S, V] bool."""
+    shrunk = torch.where(logits > 0, logits / repetition, logits * repetition)
+    return torch.where(said | prompted, shrunk, logits) - presence * said
+
+
+def pick(logits, uniform, *, temperature, top_p=1.0, top_k=0, min_p=0.0, penalised=None):
     """Draw one token a row: logits [S, V] float32, uniform [S] float64 in [0, 1)
-    -> (tokens [S], logp [S]).
+    -> (tokens [S], logp [S]), drawn from the `penalised` logits if there are any; logp is of the
+    others.
     """
     logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    drawn = logits if penalised is None else penalised
+    p = logp.exp() if penalised is None else torch.softmax(
+        penalised / (temperature or 1.0), dim=-1)
     if temperature == 0:
-        tokens = logits.argmax(-1)
+        tokens = drawn.argmax(-1)
     elif top_p == 1.0 and top_k == 0 and min_p == 0.0:
-        tokens = _invert(logp.exp().double(), uniform)
+        tokens = _invert(p.double(), uniform)
     else:
-        p, order = logp.exp().double().sort(dim=-1, descending=True, stable=True)
+        p, order = p.double().sort(dim=-1, descending=True, stable=True)
         drop = torch.zeros_like(p, dtype=torch.bool)
         if top_k:
             drop[:, top_k:] = True
@@ -260,13 +316,15 @@ class Config:
     top_p: float = key(1.0, "nucleus; below 1, rho = pi_theta / pi_old ignores the truncation")
     top_k: int = key(0, "0: off")
     min_p: float = key(0.0, "0: off")
+    stop_tokens: list[int] = key([], "token ids that end a response, beside the model's own")
+    stop_strings: list[str] = key([], "texts that end a response, and stay in it")
     seed: int = key(0, "of the choice of prompts and of every sequence")
     problem: str = key("problem", "name of the problem field in the prompts file")
     answer: str = key("answer", "name of the answer field")
     tests: str = key("tests", "name of the field of a program's tests")
     lenient: bool = key(False, "grade unboxed answers too (base models)")
     slots: int = key(0, "sequences decoded at a time; 0: as many as fit")
-    prompts_per_shard: int = key(16, "prompts of one file")
+    prompts_per_shard: int = key(4, "prompts of one file, and what a rank takes at a time")
     chat: runtime.Chat = section(runtime.Chat)
     grading: runtime.Grading = section(runtime.Grading)
 
@@ -298,7 +356,8 @@ def main():
                           if "workers" not in name},
               **{name: getattr(cfg, name) for name in (
                   "num_prompts", "n", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
-                  "seed", "problem", "answer", "tests", "lenient", "prompts_per_shard")}}
+                  "stop_tokens", "stop_strings", "seed", "problem", "answer", "tests", "lenient",
+                  "prompts_per_shard")}}
     if cfg.temperature == 0:
         raise ValueError("temperature 0 (greedy) makes n equal responses without log-probs: "
                          "no batch to learn from")
@@ -313,10 +372,10 @@ def main():
                              f"now {wanted.get(k)!r:.80}; "
                              "choose another output")
     dist.barrier()
-    mine = [s for s in range(ranks.rank, len(shards), ranks.world)
-            if not rollouts.shard_file(cfg.output, s).is_file()]
-    if mine:
-        collect(cfg, ranks, rows, shards, mine, header)
+    todo = [s for s in range(len(shards)) if not rollouts.shard_file(cfg.output, s).is_file()]
+    dist.barrier()  # all have looked before anyone writes
+    if todo:
+        collect(cfg, ranks, rows, shards, todo, header)
     dist.barrier()
     if ranks.rank == 0:
         batch = rollouts.load(cfg.output)
@@ -326,10 +385,11 @@ def main():
               f"mean length {batch.response_length.float().mean():.1f}", flush=True)
 
 
-def check_prompts(rows, prompts, tokenizer, vocab):
-    """ValueError, before anything is sampled, where the tokenizer is not the model's or a prompt is
-    longer than what the model is made for.
+def check_prompts(rows, prompts, tokenizer, vocab, stop_tokens=()):
+    """ValueError, before anything is sampled, where the tokenizer is not the model's, a prompt is
+    longer than what the model is made for, or a stop token is none.
     """
+    rollouts.check_tokens("stop_tokens", stop_tokens, vocab, tokenizer.path)
     config = hf.read_json(tokenizer.path / "config.json")
     context = (config.get("text_config") or config).get("max_position_embeddings")
     for row, tokens in zip(rows, prompts, strict=True):
@@ -341,59 +401,83 @@ def check_prompts(rows, prompts, tokenizer, vocab):
                           list(tokenizer.stop), vocab, tokenizer.path)
 
 
-def collect(cfg, ranks, rows, shards, mine, header):
-    """Sample, grade and write this rank's shards, each as soon as its last sequence is done."""
+def collect(cfg, ranks, rows, shards, todo, header):
+    """Sample, grade and write the shards `todo` together with the other ranks."""
     tokenizer = models.Tokenizer(cfg.policy)
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     model = models.load(cfg.policy, dtype=dtype, device=ranks.device)
-    order = [row for s in mine for row in shards[s]]
+    order = [row for s in todo for row in shards[s]]
     prompts = [rollouts.prompt_tokens(tokenizer, rows[row], **asdict(cfg.chat)) for row in order]
-    check_prompts([rows[row] for row in order], prompts, tokenizer, model.config.vocab)
-    total = len(prompts) * cfg.n
-    slots = min(cfg.slots or default_slots(model, prompts, cfg.max_new_tokens, total), total)
+    check_prompts([rows[row] for row in order], prompts, tokenizer, model.config.vocab,
+                  cfg.stop_tokens)
+    place = {row: p for p, row in enumerate(order)}
+    total, share = len(prompts) * cfg.n, -(-len(prompts) * cfg.n // ranks.world)
+    slots = min(cfg.slots or default_slots(model, prompts, cfg.max_new_tokens, share), share)
     longest = max(map(len, prompts))
     ranks.print(memory.text(memory.sampling(model.config, slots, longest + cfg.max_new_tokens,
                                             longest, device=ranks.device.type)))
-    shard_of = {row: s for s in mine for row in shards[s]}
-    journal = {s: rollouts.Journal(cfg.output, s, header, shards[s], cfg.n, cfg.max_new_tokens,
-                                   model.config.vocab) for s in mine}
-    place = {row: p for p, row in enumerate(order)}
-    earlier = [(Sequence(place[row], *entry), sample) for s in mine
-               for (row, sample), entry in journal[s].entries.items()]
-    waiting = {s: {} for s in mine}
-    began, tokens, rewards = time.perf_counter(), 0, []
-    progress = tqdm(total=total, desc=f"sampling (rank 0 of {ranks.world}, {slots} slots)",
+    shard_of = {row: s for s in todo for row in shards[s]}
+    journal, found = {}, {}  # of the shards that this rank has taken and not written yet
+    rewards, writing, clipped = [], [], 0
+    began, tokens, seen = time.perf_counter(), 0, 0
+    progress = tqdm(total=total, desc=f"sampling ({ranks.world} rank(s), {slots} slots each)",
                     unit="seq", disable=ranks.rank != 0, mininterval=5)
-    drawn = stream(
-        model, prompts, n=cfg.n, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-        top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p, stop=tokenizer.stop, seed=cfg.seed,
-        slots=slots, ids=order, skip={(q.prompt, sample) for q, sample in earlier})
-    for sequence, sample in chain(earlier, drawn):
-        row = order[sequence.prompt]
-        s = shard_of[row]
-        if (row, sample) not in journal[s].entries:
-            journal[s].add(row, sample, *sequence[1:])
-            tokens += len(sequence.tokens)
-        waiting[s][row, sample] = sequence
-        progress.update()
-        if len(waiting[s]) < len(shards[s]) * cfg.n:
-            continue
-        done = sorted(waiting.pop(s).items())
-        texts = [tokenizer.decode(sequence.tokens) for _, sequence in done]
-        reward = rollouts.rewards([rows[row] for (row, _), _ in done], texts, lenient=cfg.lenient,
-                                  **asdict(cfg.grading))
-        rewards += [r for r in reward if r is not None]
-        starts = [prompts[sequence.prompt] for _, sequence in done]
+
+    def add(s, row, sample, sequence):
+        nonlocal seen
+        found[s][row, sample] = sequence
+        seen = ranks.store.add("sampled", 1)  # of all ranks
+        if len(found[s]) == len(shards[s]) * cfg.n:
+            writing.append(beside.submit(finish, s, sorted(found.pop(s).items())))
+
+    def take():
+        """The next shard that nobody has taken: what is left to sample of it."""
+        if (i := ranks.store.add("taken", 1) - 1) >= len(todo):
+            return None
+        s = todo[i]
+        journal[s] = rollouts.Journal(cfg.output, s, header, shards[s], cfg.n, cfg.max_new_tokens,
+                                      model.config.vocab)
+        found[s] = {}
+        for (row, sample), entry in journal[s].entries.items():
+            add(s, row, sample, Sequence(place[row], *entry))
+        return [(place[row], sample) for row in shards[s] for sample in range(cfg.n)
+                if (row, sample) not in journal[s].entries]
+
+    def finish(s, done):
+        """Grade a shard and write it."""
+        reward = rollouts.rewards(
+            [rows[row] for (row, _), _ in done], [tokenizer.decode(q.tokens) for _, q in done],
+            lenient=cfg.lenient, **asdict(cfg.grading))
+        starts = [prompts[q.prompt] for _, q in done]
         rollouts.write_shard(
             cfg.output, s, header,
             tokens=[p + q.tokens for p, (_, q) in zip(starts, done, strict=True)],
             prompt_length=[len(p) for p in starts], prompt=[row for (row, _), _ in done],
             reward=reward, finished=[q.finished for _, q in done],
             sampler_logp=[[0.0] * len(p) + q.logp for p, (_, q) in zip(starts, done, strict=True)])
-        journal[s].remove()
-        progress.set_postfix_str(
-            f"{tokens / (time.perf_counter() - began):.0f} tokens/s, "
-            f"mean reward {sum(rewards) / max(len(rewards), 1):.3f}", refresh=False)
+        journal.pop(s).remove()
+        rewards.extend(r for r in reward if r is not None)
+
+    with ThreadPoolExecutor(1) as beside:
+        for sequence, sample in stream(
+                model, prompts, n=cfg.n, max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
+                stop=(*tokenizer.stop, *cfg.stop_tokens), stop_strings=cfg.stop_strings,
+                decode=tokenizer.decode, seed=cfg.seed, slots=slots, ids=order, feed=take):
+            row = order[sequence.prompt]
+            s = shard_of[row]
+            journal[s].add(row, sample, *sequence[1:])
+            add(s, row, sample, sequence)
+            tokens, clipped = tokens + len(sequence.tokens), clipped + (not sequence.finished)
+            progress.update(seen - progress.n)
+            progress.set_postfix_str(
+                f"{tokens / (time.perf_counter() - began):.0f} tokens/s a rank, mean reward "
+                f"{sum(rewards) / max(len(rewards), 1):.3f}, truncated {clipped}", refresh=False)
+            while writing and writing[0].done():
+                writing.pop(0).result()
+    for written in writing:
+        written.result()
+    progress.update(total - progress.n)
     progress.close()
 
 

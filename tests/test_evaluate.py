@@ -398,7 +398,7 @@ def test_a_new_grader_over_old_samples(evaluated, copied, monkeypatch):
     assert [r["accuracy"] for r in rerun(monkeypatch, evaluated, copied)["rows"]] == [
         r["accuracy"] for r in before]
     with monkeypatch.context() as patched:
-        patched.setattr(runtime, "parse", lambda kind, text, switches, parse=options.parse: parse(
+        patched.setattr(options, "parse", lambda kind, text, switches, parse=options.parse: parse(
             kind, text, [*sys.argv[1:], "--regrade"], switches))
         after = rerun(patched, evaluated, copied)["rows"]
     assert all(r["accuracy"] == r["undecided"] == 0.5 for r in after)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import ROOT, write_hybrid
 import grade
 import model as models
 import rollouts
+import runtime
 import sample as S
 import sandbox
 import toy
@@ -135,6 +137,86 @@ def test_greedy_equals_transformers(policy, network):
         assert s.tokens == out[0, len(prompt):].tolist()
 
 
+@pytest.mark.parametrize("repetition, presence", [(1.4, 0.0), (0.7, 0.0), (1.0, 2.5), (1.3, -1.5)])
+def test_penalties_by_hand(policy, network, repetition, presence):
+    """Greedy, one token after the other: logits of what has occurred, by the formulas of Keskar et
+    al. (2019) and of OpenAI's interface. Prompts count for repetition only; slots are reused."""
+    penalties = dict(presence_penalty=presence, repetition_penalty=repetition)
+    ours = generate(network, n=1, temperature=0.0, stop=(1,), slots=2, **penalties)
+    plain = tokens(generate(network, n=1, temperature=0.0, stop=(1,)))
+    assert tokens(ours) != plain
+    for s in ours:
+        context, response = list(PROMPTS[s.prompt]), []
+        for _ in s.tokens:
+            hidden = network(torch.tensor(context), torch.tensor([0, len(context)]))
+            logits = (hidden[-1].detach() @ network.head.detach().T).tolist()
+            for t in set(context):
+                logits[t] = logits[t] / repetition if logits[t] > 0 else logits[t] * repetition
+            for t in set(response):
+                logits[t] -= presence
+            response.append(max(range(len(logits)), key=logits.__getitem__))
+            context.append(response[-1])
+        assert s.tokens == response
+    # log pi is of the policy itself
+    pairs = [(PROMPTS[s.prompt], s.tokens) for s in ours]
+    assert_close([s.logp for s in ours], packed_logp(network, pairs, 1.0))
+    if presence == 0:
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+        for s, prompt in zip(ours, PROMPTS, strict=True):
+            ids = torch.tensor([prompt])
+            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                  max_new_tokens=14, eos_token_id=1, pad_token_id=0,
+                                  repetition_penalty=repetition)
+            assert s.tokens == out[0, len(prompt):].tolist()
+
+
+def test_penalties_leave_neighbours_alone(network):
+    """Draws under penalties do not depend on slots, which are emptied and moved."""
+    settings = dict(n=5, max_new_tokens=30, presence_penalty=1.0, repetition_penalty=1.2)
+    want = tokens(generate(network, slots=64, **settings))
+    assert want != tokens(generate(network, n=5, max_new_tokens=30))
+    for slots in (1, 4, 7):
+        assert tokens(generate(network, slots=slots, **settings)) == want
+
+
+def test_penalties_draw_from_the_penalised_distribution():
+    """Chi-square of the draws against the softmax of the penalised logits."""
+    logits = torch.tensor([[1.0, 0.5, -0.5, 0.2, -1.0]]).expand(20000, 5)
+    said = torch.tensor([True, False, True, False, False]).expand(20000, 5)
+    prompted = torch.tensor([False, True, False, False, True]).expand(20000, 5)
+    penalised = S.penalise(logits, said, prompted, 0.3, 1.5)
+    hand = torch.tensor([1.0 / 1.5 - 0.3, 0.5 / 1.5, -0.5 * 1.5 - 0.3, 0.2, -1.0 * 1.5])
+    assert penalised[0].allclose(hand)
+    uniform = S._uniform(torch.arange(20000), torch.zeros(20000, dtype=torch.long))
+    drawn, logp = S.pick(logits, uniform, temperature=0.8, penalised=penalised)
+    expected = torch.softmax(hand.double() / 0.8, 0) * 20000
+    counts = torch.bincount(drawn, minlength=5)
+    assert float(((counts - expected) ** 2 / expected).sum()) < 18.5  # 99.9 % of chi-square, 4
+    assert logp.allclose(torch.log_softmax(logits / 0.8, 1).gather(1, drawn[:, None])[:, 0])
+
+
+def test_stop_strings(policy, network):
+    """A response ends with the token that completes one of them, however tokens split it."""
+    tokenizer = models.Tokenizer(policy)
+    free = generate(network, n=8, max_new_tokens=24, stop=())
+    text = [tokenizer.decode(s.tokens) for s in free]
+    wanted = sorted({t[i:i + 2] for t in text for i in range(3, len(t) - 1)})[::9]
+    got = generate(network, n=8, max_new_tokens=24, stop=(), stop_strings=wanted,
+                   decode=tokenizer.decode, slots=5)
+    assert {s.finished for s in got} == {True, False}
+    for s, whole in zip(got, free, strict=True):
+        mine = tokenizer.decode(s.tokens)
+        assert s.tokens == whole.tokens[:len(s.tokens)]
+        assert s.finished == any(string in mine for string in wanted)
+        assert not any(string in tokenizer.decode(s.tokens[:-1]) for string in wanted)
+        assert s.finished or len(s.tokens) == 24
+    with pytest.raises(ValueError, match="stop_strings"):
+        generate(network, stop_strings=("a",))
+    with pytest.raises(ValueError, match="stop_strings"):
+        generate(network, stop_strings=("",), decode=tokenizer.decode)
+
+
 # ---------------------------------------------------------------- a sequence stands alone
 
 
@@ -211,6 +293,8 @@ def test_unequal_lengths_lose_nothing(network):
 @pytest.mark.parametrize("bad", [
     {"n": 0}, {"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")},
     {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": -0.1}, {"min_p": 1.1}, {"slots": 0},
+    {"repetition_penalty": 0.0}, {"repetition_penalty": float("nan")},
+    {"presence_penalty": float("inf")},
     {"prompts": [[3], []]}], ids=str)
 def test_bad_settings_are_refused(network, bad):
     """A setting that means nothing must not give samples that look fine."""
@@ -453,6 +537,56 @@ def test_the_batch_is_what_generate_samples(collected, network):
 def test_two_ranks_give_the_same_batch(collected):
     """The number of ranks changes nothing but the speed."""
     assert_same_rollouts(rollouts.load(collected / "two"), rollouts.load(collected / "batch"))
+
+
+def alone(collected, tmp_path, world, **changes):
+    """What S.collect is called with, by the first of `world` ranks of which the others are slow."""
+    cfg = S.Config(policy=str(collected / "policy"), prompts=str(collected / "prompts.jsonl"),
+                   output=str(tmp_path / "batch"), **{**RUN, "prompts_per_shard": 1, **changes})
+    ranks = runtime.Ranks(0, world, torch.device("cpu"), None, dist.HashStore())
+    shards = [[row] for row in range(5)]
+    header = {"policy": "p", "n": cfg.n}
+    return cfg, ranks, rollouts.read_prompts(cfg.prompts), shards, list(range(5)), header
+
+
+def test_ranks_take_from_one_counter(collected, tmp_path):
+    """While two shards are held up elsewhere, a rank goes on with all the others."""
+    given = alone(collected, tmp_path, 2)
+    given[1].store.add("taken", 2)
+    S.collect(*given)
+    assert sorted(p.name for p in (tmp_path / "batch").glob("shard-*")) == [
+        f"shard-{s:05d}.safetensors" for s in (2, 3, 4)]
+    assert given[1].store.add("sampled", 0) == 3 * RUN["n"]
+    assert not list((tmp_path / "batch").glob("*.journal"))
+
+
+def test_grading_stalls_no_sampling(collected, tmp_path, monkeypatch):
+    """The first shard is graded while the last is still being sampled; and what goes wrong in
+    grading stops the run."""
+    journal, added = rollouts.Journal, threading.Event()
+
+    class Watched(journal):
+        def add(self, row, *rest):
+            super().add(row, *rest)
+            if row == 4:
+                added.set()
+
+    def slow(rows, texts, **_):
+        assert added.wait(60)  # would never come if sampling waited for this
+        return [0.0] * len(rows)
+
+    monkeypatch.setattr(rollouts, "Journal", Watched)
+    monkeypatch.setattr(rollouts, "rewards", slow)
+    S.collect(*alone(collected, tmp_path, 1, slots=1))
+    assert len(list((tmp_path / "batch").glob("shard-*.safetensors"))) == 5
+
+    def broken(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(rollouts, "rewards", broken)
+    with pytest.raises(OSError, match="no space"):
+        S.collect(*alone(collected, tmp_path / "again", 1))
+    assert len(list((tmp_path / "again/batch").glob("*.journal"))) > 0  # nothing sampled is lost
 
 
 @pytest.mark.parametrize("lost", [[0], [1], [0, 1], []], ids=str)
