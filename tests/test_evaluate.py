@@ -22,7 +22,6 @@ import options
 import responses
 import results
 import rollouts
-import runtime
 import sample
 import toy
 
