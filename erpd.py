@@ -202,6 +202,12 @@ class Config:
                     raise ValueError(f"{run.name}: {ref!r} is neither a run listed before it "
                                      "(with `unlearned = true` for ':unlearned') nor a "
                                      "checkpoint folder")
+        best = {r.name for r in self.stage1 if r.select == "best"}
+        for run in self.stage1:
+            name, rule, step, back = split(run.start)
+            if not back and (rule or step is None and name in best):
+                raise ValueError(f"{run.name}: start = {run.start!r} is needed before checkpoints "
+                                 "are selected; name a step, as in 'mse@16'")
 
     @property
     def paths(self):
@@ -296,11 +302,12 @@ def check_configs(cfg):
         c = options.read_config(stage2.Config, run.config,
                                 ["batch=x", "output=x", *signal_overrides(run), *run.set])
         kept[run.name] = steps_kept(c.train, sum(s.steps for s in c.signal))
-    for run in (*cfg.stage1, *cfg.stage2):
-        for name, _, step, _ in map(split, references(run)):
-            if step is not None and name in kept and step not in kept[name]:
-                raise ValueError(f"{run.name}: {name} keeps no checkpoint of step {step}; "
-                                 "see its train.checkpoint_at and train.checkpoint_every")
+    named = [(run.name, ref) for run in (*cfg.stage1, *cfg.stage2) for ref in references(run)]
+    named += [(f"path {path}", goal) for path, goals in cfg.paths for goal in goals]
+    for where, (name, _, step, _) in ((where, split(ref)) for where, ref in named):
+        if step is not None and name in kept and step not in kept[name]:
+            raise ValueError(f"{where}: {name} keeps no checkpoint of step {step}; "
+                             "see its train.checkpoint_at and train.checkpoint_every")
     if cfg.sharpened:
         sharpen.Config("x", "x", cfg.sharpened)
     options.read_config(evaluate.Config, cfg.evaluate, [

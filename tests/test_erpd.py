@@ -208,6 +208,10 @@ def test_references(ref, parts):
     (("student~2", "students~2"), "back: 'students~2' is neither a run"),
     (('start = "teacher@2"', 'start = "recovered"'), "recovered: 'recovered' is neither"),
     (("teacher@2", "teacher:unlearned"), "teacher:unlearned.* is neither"),
+    (('start = "teacher@2"', 'start = "teacher:unlearned"\nunlearned = true'), "neither"),
+    (('config = "HERE/stage1.toml"\n[[stage1]]\nname = "recovered"\nconfig = "HERE/stage1.toml"\n'
+      'start = "teacher@2"', 'config = "HERE/stage1.toml"\nselect = "best"\n[[stage1]]\n'
+      'name = "recovered"\nconfig = "HERE/stage1.toml"\nstart = "teacher"'), "name a step"),
     (('"online*3"', '"online*0"'), "path on_policy"),
     (('"online*3"', '"offline"'), "path on_policy: 'offline' is none of the runs"),
     (('name = "on_policy"', 'name = "distil"'), "names of paths"),
@@ -226,6 +230,7 @@ def test_what_does_not_fit_together(tmp_path, change, words):
     (('numerator = "recovered"', 'numerator = "recovered@3"'), "keeps no checkpoint of step 3"),
     (("sharpened = [0.5]", "sharpened = [0.501]"), "hundredths"),
     (("num_prompts=4", "num_prompt=4"), "num_prompt"),
+    (('"both", "back"', '"teacher@3", "back"'), "path distil: teacher keeps no checkpoint of step"),
 ])  # fmt: skip
 def test_what_is_seen_before_anything_runs(tmp_path, change, words):
     assert CONFIG.count(change[0]) >= 1
