@@ -7,7 +7,8 @@ A config of erpd.py lists [[claim]] sections. Each names a quantity, measured on
                  (interpolated in sqrt(KL) between its checkpoints)
     kl           KL per token of `of` over that of `against`
     entropy      of `of` minus that of `against`
-    anything else   the last value of that column of `of`'s metrics.jsonl
+    p_positive, p_negative, kl_reverse, explained_variance, loss, signal_negative
+                 the last value of that column of `of`'s metrics.jsonl
 
 and a threshold that its mean over seeds is held against. The interval is Student's, 95 %, over
 seeds: "holds" if it lies wholly on the claim's side, "fails" if wholly on the other, else
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import durable
+import options
 import results
 import runtime
 from options import key
@@ -34,6 +36,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
            2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 CURVES = ("p_positive", "p_negative", "kl_reverse", "entropy", "explained_variance", "loss",
           "signal_negative")
+MEASURES = ("accuracy", "equal_kl", "kl", "entropy")
 KEPT = ("policy", "round", "role", "step", "kl", "kl_se", "kl_sequence", "kl_efficiency",
         "entropy", "length", "pass_at_k", "seconds")
 CELL = ("accuracy", "accuracy_se", "truncated")
@@ -46,7 +49,7 @@ class Claim:
                        "'run (round 2)@10' and 'path.run (round 2)' in later rounds")
     paper: str = key("", "what the paper reports on it")
     against: str = key("base", "the same; for equal_kl a run without a step")
-    measure: str = key("accuracy", "accuracy, equal_kl, kl, entropy or a column of metrics.jsonl")
+    measure: str = key("accuracy", "accuracy, equal_kl, kl, entropy or a column (see claims.py)")
     sampling: str = key("T=1", "column of accuracy and equal_kl")
     least: float = key(float("-inf"), "the claim holds if the mean is at least this")
     most: float = key(float("inf"), "and at most this")
@@ -54,6 +57,20 @@ class Claim:
     def __post_init__(self):
         if (self.least > float("-inf")) == (self.most < float("inf")):
             raise ValueError(f"claim {self.text!r:.60}: give one of least and most")
+        options.one_of(f"claim {self.text!r:.60}: measure", self.measure,
+                       dict.fromkeys((*MEASURES, *CURVES)))
+        if self.measure not in MEASURES and parts(self.of)[1] is not None:
+            raise ValueError(f"claim {self.text!r:.60}: {self.measure} is the run's last; "
+                             f"of = {self.of!r:.60} names a step")
+        if self.measure == "equal_kl" and parts(self.against)[1] is not None:
+            raise ValueError(f"claim {self.text!r:.60}: at equal KL a student is held against a "
+                             f"whole run; against = {self.against!r:.60} is one step of it")
+
+
+def parts(ref):
+    """'run (round 2)@10' -> ('run (round 2)', 10); None without a step."""
+    name, at, step = ref.rpartition("@")
+    return (name, int(step)) if at and step.isdigit() else (ref, None)
 
 
 # ---------------------------------------------------------------- records
@@ -112,24 +129,29 @@ def _rounded(value):
 
 
 def append(file, entry):
-    """Add a record, unless the very same is there."""
-    file = Path(file)
-    known = durable.read_lines(file, experiment=str, seed=int) if file.exists() else []
-    if not any({**old, "wall": 0, "machine": 0} == {**entry, "wall": 0, "machine": 0}
-               for old in known):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a", encoding="utf-8") as out:
-            out.write(json.dumps(entry) + "\n")
+    """Add a record, unless the very same counts already. Half a line of a killed run goes."""
+    known = _entries(file)
+    counts = _latest(known).get(entry["seed"])
+    if not counts or {**counts, "wall": 0, "machine": 0} != {**entry, "wall": 0, "machine": 0}:
+        durable.write_text(file, "".join(json.dumps(e) + "\n" for e in (*known, entry)))
 
 
 def read(file):
     """{seed: record} of one experiment: the last of each seed, and only those made with the
     settings of the file's last line. ValueError if there is none.
     """
-    entries = durable.read_lines(file, experiment=str, seed=int, settings=str, rows=list,
-                                 selection=list, curves=dict)
+    entries = _entries(file)
     if not entries:
         raise ValueError(f"{file}: holds no record")
+    return _latest(entries)
+
+
+def _entries(file):
+    return durable.read_lines(file, experiment=str, seed=int, settings=str, rows=list,
+                              selection=list, curves=dict)
+
+
+def _latest(entries):
     return {entry["seed"]: entry for entry in sorted(entries, key=lambda e: e["seed"])
             if entry["settings"] == entries[-1]["settings"]}
 
@@ -139,14 +161,14 @@ def read(file):
 
 def find(entry, ref):
     """The row that `ref` means in one seed's record. ValueError if there is none."""
-    name, at, step = ref.rpartition("@") if ref.rpartition("@")[2].isdigit() else (ref, "", "")
+    name, step = parts(ref)
     mine = [row for row in entry["rows"] if results.label(row) == name]
-    if not at:
+    if step is None:
         chosen = [s["step"] for s in entry["selection"]
                   if s["run"] == name and s["rule"] != "unlearned"]
-        step = chosen[0] if chosen else mine[-1]["step"] if mine else ""
+        step = chosen[0] if chosen else mine[-1]["step"] if mine else None
     for row in mine:
-        if row["step"] is None or row["step"] == int(step):
+        if row["step"] == step:
             return row
     raise ValueError(f"{ref}: no such row in {entry['experiment']}, seed {entry['seed']}; there "
                      f"are {', '.join(dict.fromkeys(results.label(r) for r in entry['rows']))}")
@@ -154,7 +176,7 @@ def find(entry, ref):
 
 def value(claim, entry):
     """A claim's quantity in one seed -> (number or None, note)."""
-    if claim.measure not in ("accuracy", "equal_kl", "kl", "entropy"):
+    if claim.measure not in MEASURES:
         curve = entry["curves"].get(claim.of, {})
         if claim.measure not in curve:
             raise ValueError(f"claim {claim.text!r:.60}: {claim.of} has no {claim.measure}")

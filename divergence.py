@@ -127,11 +127,12 @@ def score(policy, path, base, jobs, *, max_tokens, temperature):
                            other.head, temperature) for name in jobs}
     cells = {name: {} for name in jobs}
     todo = [(name, pack) for name in jobs for pack in scored(name)]
+    size = head.shape[1] * head.element_size()  # of a token's hidden state
     while todo:
         turn, waiting = [], 0
         while todo and (not turn or waiting < WAITING):
             turn.append(todo.pop())
-            waiting += len(turn[-1][1].before) * head.shape[1] * head.element_size()
+            waiting += len(turn[-1][1].before) * size
         model = policy.pop() if policy else models.load(path, dtype=dtype, device=device)
         kept = [hidden(model, pack).cpu() for _, pack in turn]
         head, model = model.head, None  # only the head stays beside the base
@@ -142,5 +143,5 @@ def score(policy, path, base, jobs, *, max_tokens, temperature):
             for problem, cell in found.items():
                 known = cells[name].setdefault(problem, dict.fromkeys(cell, 0))
                 known.update({key: known[key] + x for key, x in cell.items()})
-        other = None
+        other = head = kept = h = None  # before the next turn's are made
     return cells

@@ -178,8 +178,12 @@ class Config:
         options.in_range("first_seed", self.first_seed, least=0)
         if repeated := [n for n in names if names.count(n) > 1]:
             raise ValueError(f"the name {repeated[0]!r} is used already; every run needs its own")
+        if self.path and self.next:
+            raise ValueError("next is not read where there are [[path]] sections")
         for path in self.path:
             check_name("path.name", path.name)
+            if not path.runs:
+                raise ValueError(f"path {path.name}: runs must name at least one run")
             for text in path.runs:
                 run, _ = re.fullmatch(r"(.*?)(\*[1-9][0-9]{0,5})?", text, flags=re.S).groups()
                 if split(run)[0] not in names or split(run)[3]:
@@ -193,26 +197,65 @@ class Config:
                              f"[[stage1]] run of role teacher, not {self.check.student!r} and "
                              f"{self.check.teacher!r}")
         unlearned = {r.name for r in self.stage1 if r.unlearned}
-        for run in (*self.stage1, *self.stage2):
-            for ref in references(run):
-                name, rule, _, back = split(ref)
-                before = names[:names.index(run.name)] if not back else names
-                if ref not in ("old", "none", "evolving") and not Path(ref).exists() and (
-                        name not in before or rule and name not in unlearned):
-                    raise ValueError(f"{run.name}: {ref!r} is neither a run listed before it "
-                                     "(with `unlearned = true` for ':unlearned') nor a "
-                                     "checkpoint folder")
+        for where, ref in self.references:
+            name, rule, _, back = split(ref)
+            before = names[:names.index(where)] if where in names and not back else names
+            if ref not in ("old", "none", "evolving") and not Path(ref).exists() and (
+                    name not in before or rule and name not in unlearned):
+                raise ValueError(f"{where}: {ref!r} is neither a run listed before it "
+                                 "(with `unlearned = true` for ':unlearned') nor a "
+                                 "checkpoint folder")
         best = {r.name for r in self.stage1 if r.select == "best"}
         for run in self.stage1:
             name, rule, step, back = split(run.start)
-            if not back and (rule or step is None and name in best):
+            if run.start in ("old", "none", "evolving") or not back and (
+                    rule or step is None and name in best):
                 raise ValueError(f"{run.name}: start = {run.start!r} is needed before checkpoints "
-                                 "are selected; name a step, as in 'mse@16'")
+                                 "are selected; name a step, as in 'mse@16', or leave it out")
+        goals = {split(goal)[0] for _, path in self.paths for goal in path[1:]}
+        for run in self.stage1:
+            if (run.sample or run.carry) and run.name not in goals:
+                raise ValueError(f"{run.name}: no later round is for it; sample and carry are "
+                                 "not read")
+        for path, k, goal, runs in self.schedule:
+            there = [runs for name, _, _, runs in self.schedule if name == path]
+            if goal and split(goal)[0] not in runs:
+                raise ValueError(f"round {k} of path {path!r} cannot be for {goal!r}, which is "
+                                 "made of an earlier round")
+            for run in (*self.stage1, *self.stage2):
+                for ref in references(run) if run.name in runs else ():
+                    name, _, _, back = split(ref)
+                    if name in names and (back >= k or name not in there[k - 1 - back]):
+                        raise ValueError(f"{run.name}: there is no {ref!r} in round {k} of path "
+                                         f"{path!r}")
+        if self.check.student and not {self.check.student, self.check.teacher} <= next(
+                runs for _, k, _, runs in reversed(self.schedule) if k == self.rounds):
+            raise ValueError("check.student and check.teacher must be of the last round")
 
     @property
     def paths(self):
         """[(name, the run that each round is for)]; the only path of `rounds` has no name."""
         return [(p.name, p.goals) for p in self.path] or [("", [self.next] * self.rounds)]
+
+    @property
+    def schedule(self):
+        """[(path, round, the run it is for, names of the runs that are run)]. The first round runs
+        all that is not made of an earlier one.
+        """
+        first, names = set(), {r.name for r in (*self.stage1, *self.stage2)}
+        for run in (*self.stage1, *self.stage2):
+            if all(not back and (name in first or name not in names)
+                   for name, _, _, back in map(split, references(run))):
+                first.add(run.name)
+        return [(path, k, goal, needed(self, goal) if k > 1 else first)
+                for path, goals in self.paths for k, goal in enumerate(goals, 1)]
+
+    @property
+    def references(self):
+        """[(run or path, what it names)]: all that must be a run or a checkpoint."""
+        return [(run.name, ref) for run in (*self.stage1, *self.stage2)
+                for ref in references(run)] + [
+            (f"path {path.name}", goal) for path in self.path for goal in path.goals]
 
 
 def split(ref):
@@ -230,12 +273,12 @@ def references(run):
 
 
 def needed(cfg, goal):
-    """The runs of a round that `goal` is made of, itself included, in order."""
-    wanted = {split(goal)[0]}
-    for run in reversed((*cfg.stage1, *cfg.stage2)):
+    """Names of the runs of a round that `goal` is made of, itself included."""
+    runs, wanted = (*cfg.stage1, *cfg.stage2), {split(goal)[0]}
+    for run in reversed(runs):
         if run.name in wanted:
             wanted |= {name for name, _, _, back in map(split, references(run)) if not back}
-    return wanted
+    return wanted & {run.name for run in runs}
 
 
 # ---------------------------------------------------------------- running commands
@@ -250,9 +293,10 @@ class Driver:
         self.cfg, self.log = cfg, Path(folder) / "commands.jsonl"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # whole lines only: a killed driver may have left half a line
-        entries = durable.read_lines(self.log, key=str, seconds=(int, float))
+        entries = durable.read_lines(self.log, key=str, seconds=(int, float), arguments=list)
         durable.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in entries))
-        self.done = {entry["key"]: entry["seconds"] for entry in entries}
+        # the last of each command: its output is what another config file made of it since
+        self.done = {json.dumps(entry["arguments"]): entry for entry in entries}
         self.seconds = {}  # of this config's phases
 
     def run(self, phase, script, config, overrides=()):
@@ -263,9 +307,10 @@ class Driver:
             [launch, arguments, Path(config).read_text() if config else ""]
         ).encode()).hexdigest()[:24]
         print(f"\n[{phase}] {shlex.join(launch + arguments)}", flush=True)
-        if identity in self.done:
-            print(f"[{phase}] done before, in {self.done[identity]:.0f} s", flush=True)
-            self._count(phase, self.done[identity])
+        before = self.done.get(json.dumps(arguments), {"key": ""})
+        if before["key"] == identity:
+            print(f"[{phase}] done before, in {before['seconds']:.0f} s", flush=True)
+            self._count(phase, before["seconds"])
             return
         threads = max(1, (os.cpu_count() or 1) // self.cfg.processes)
         began = time.perf_counter()
@@ -278,9 +323,10 @@ class Driver:
                   "run the same command again to go on", file=sys.stderr)
             sys.exit(2)
         seconds = time.perf_counter() - began
+        entry = {"key": identity, "phase": phase, "seconds": seconds, "arguments": arguments}
+        self.done[json.dumps(arguments)] = entry
         with open(self.log, "a") as file:
-            file.write(json.dumps({"key": identity, "phase": phase, "seconds": seconds,
-                                   "arguments": arguments}) + "\n")
+            file.write(json.dumps(entry) + "\n")
         print(f"[{phase}] {seconds:.0f} s", flush=True)
         self._count(phase, seconds)
 
@@ -302,9 +348,8 @@ def check_configs(cfg):
         c = options.read_config(stage2.Config, run.config,
                                 ["batch=x", "output=x", *signal_overrides(run), *run.set])
         kept[run.name] = steps_kept(c.train, sum(s.steps for s in c.signal))
-    named = [(run.name, ref) for run in (*cfg.stage1, *cfg.stage2) for ref in references(run)]
-    named += [(f"path {path}", goal) for path, goals in cfg.paths for goal in goals]
-    for where, (name, _, step, _) in ((where, split(ref)) for where, ref in named):
+    for where, ref in cfg.references:
+        name, _, step, _ = split(ref)
         if step is not None and name in kept and step not in kept[name]:
             raise ValueError(f"{where}: {name} keeps no checkpoint of step {step}; "
                              "see its train.checkpoint_at and train.checkpoint_every")
@@ -313,6 +358,7 @@ def check_configs(cfg):
     options.read_config(evaluate.Config, cfg.evaluate, [
         "base=x", "prompts=x", "benchmark=[]", "compare=[]", "output=x"])
     template = tomllib.loads(Path(cfg.evaluate).read_text(encoding="utf-8"))
+    check_claims(cfg, kept, [s["name"] for s in template["sampling"]])
     if unread := [name for name in ("benchmark", "compare", "judge") if template.get(name)]:
         print(f"note: {', '.join(unread)} of {cfg.evaluate} is not read in rounds; they evaluate "
               "on `validation` and `test`", flush=True)
@@ -321,7 +367,28 @@ def check_configs(cfg):
 def steps_kept(train, steps):
     """Steps of which a run keeps a checkpoint."""
     every = range(train.checkpoint_every, steps + 1, train.checkpoint_every)
-    return {*every, *train.checkpoint_at, steps}
+    return {*every, *(s for s in train.checkpoint_at if 0 < s <= steps), steps}
+
+
+def check_claims(cfg, kept, columns):
+    """ValueError unless every claim names rows, steps and columns that there will be."""
+    rows = {"base": {None}}
+    if cfg.sharpened:
+        rows["sharpened"] = {round(100 * tau) for tau in cfg.sharpened}
+    for path, k, _, runs in cfg.schedule:
+        last = k == len(dict(cfg.paths)[path])
+        if k == 1 or k % cfg.evaluate_every == 0 or last:
+            prefix = f"{path}." if path and k > 1 else ""
+            rows |= {results.label({"policy": prefix + run, "round": k}): kept[run] for run in runs}
+    for claim in cfg.claim:
+        for ref in (claim.of, claim.against):
+            name, step = claims.parts(ref)
+            if name not in rows or step is not None and step not in rows[name]:
+                raise ValueError(f"claim {claim.text!r:.60}: there will be no {ref!r}; "
+                                 f"rows are {', '.join(rows)}")
+        if claim.sampling not in columns:
+            raise ValueError(f"claim {claim.text!r:.60}: no [[sampling]] is named "
+                             f"{claim.sampling!r}, but {', '.join(columns)}")
 
 
 def signal_overrides(run, checkpoint=lambda ref: ref):
@@ -357,10 +424,10 @@ def run_seed(cfg, driver, seed):
     reports = (Path(cfg.report) if cfg.report else Path(cfg.output)) / f"seed_{seed}"
     evaluated, selection = [], []
     if cfg.sharpened:
+        folder = f"{root}/sharpened_{'_'.join(f'{tau:g}' for tau in cfg.sharpened)}"
         driver.run("sharpen", "sharpen.py", "", [
-            f"policy={first}", f"output={root}/sharpened", f"temperatures={cfg.sharpened}"])
-        evaluated.append({"name": "sharpened", "path": f"{root}/sharpened", "role": "control",
-                          "round": 1})
+            f"policy={first}", f"output={folder}", f"temperatures={cfg.sharpened}"])
+        evaluated.append({"name": "sharpened", "path": folder, "role": "control", "round": 1})
     opening, report = None, None
     for name, goals in cfg.paths:
         rounds = []
@@ -391,9 +458,7 @@ def one_round(cfg, driver, seed, k, goal, folder, policy, prompts, before, selec
     None: all of them. select(rows, rules): teachers' checkpoints on validation prompts.
     """
     batch, rounds = f"batch={folder}/batch", [*before, None]
-    wanted = needed(cfg, goal) if goal else {
-        run.name for run in (*cfg.stage1, *cfg.stage2)
-        if not any(split(ref)[3] for ref in references(run))}  # no round lies before the first
+    wanted = needed(cfg, goal) if goal else cfg.schedule[0][3]
     goal = next((run for run in cfg.stage1 if goal and run.name == split(goal)[0]), None)
     driver.run("sample", "sample.py", cfg.sample, [
         f"policy={policy}", f"prompts={prompts}", f"output={folder}/batch",
@@ -401,11 +466,11 @@ def one_round(cfg, driver, seed, k, goal, folder, policy, prompts, before, selec
     rounds[-1] = here = Round(folder, {}, {}, [])
     teachers = [run for run in cfg.stage1 if run.name in wanted]
     for run in teachers:
-        other = before[-1].folder / run.name if run.carry and before else None
+        carried = run.carry and before and run.name in before[-1].rows
         driver.run(f"stage1 {run.name}", "stage1.py", run.config, [
             f"policy={checkpoint(run.start, rounds) if run.start else policy}", batch,
             f"output={folder}/{run.name}", f"train.seed={seed}",
-            *([f"optimizer={other}"] if other and other.exists() else []), *run.set])
+            *([f"optimizer={before[-1].folder / run.name}"] if carried else []), *run.set])
         here.rows[run.name] = {"name": run.name, "path": f"{folder}/{run.name}",
                                "role": run.role, "round": k}
         if run.role == "teacher" and run.select == "last":
@@ -444,8 +509,9 @@ def checkpoint(ref, rounds):
     there = rounds[-1 - back]
     if step is not None:
         return f"{there.folder}/{run}/step_{step:06d}"
-    return there.chosen.get(run + (rule or "")) or str(
-        evaluate.checkpoints(there.folder / run)[-1][1])
+    if rule:
+        return there.chosen[run + rule]
+    return there.chosen.get(run) or str(evaluate.checkpoints(there.folder / run)[-1][1])
 
 
 def score(driver, phase, template, folder, base, prompts, seed, policies, **more):
@@ -531,7 +597,8 @@ def finish(cfg, reports):
     text = results.table(rows, columns)
     seeds = range(cfg.first_seed, cfg.first_seed + len(reports))
     for seed, report in zip(seeds, reports, strict=True):
-        text += "".join(f"\nseed {seed}: selected {s['run']}@{s['step']} (rule {s['rule']})."
+        text += "".join(f"\nseed {seed}: selected {s['step']} of "
+                        f"{results.label({**s, 'policy': s['run']})} (rule {s['rule']})."
                         for s in report["selection"])
     text += "\n"
     if len(reports) == 1:
@@ -544,13 +611,13 @@ def finish(cfg, reports):
         for seed, report in zip(seeds, reports, strict=True):
             text += "".join(f"\nseed {seed}: {'holds' if holds else 'DOES NOT HOLD'}: {said}"
                             for said, holds in check(cfg, report))
-    if cfg.claim:
-        held = {seed: claims.record(cfg, seed, r) for seed, r in zip(seeds, reports, strict=True)}
-        text += "\n" + claims.table(cfg.claim, held)
     durable.write_text(folder / "report.json", json.dumps({
         **{name: [{**x, "seed": seed} for seed, r in zip(seeds, reports, strict=True)
                   for x in r[name]] for name in ("rows", "selection", "comparisons")},
         "seeds": list(seeds), "config": reports[0]["config"]}, indent=2))
+    if cfg.claim:
+        held = {seed: claims.record(cfg, seed, r) for seed, r in zip(seeds, reports, strict=True)}
+        text += "\n" + claims.table(cfg.claim, held)
     durable.write_text(folder / "report.md", text + "\n")
     results.plot(rows, success, folder / "plot.png", notes)
     print(f"\n{text}\n\n{folder}/report.md, {folder}/plot.png", flush=True)
@@ -561,6 +628,8 @@ def main():
     check_configs(cfg)
     seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
     drivers = [Driver(cfg, Path(cfg.output) / f"seed_{seed}") for seed in seeds]
+    if cfg.record and Path(cfg.record).exists():
+        claims.read(cfg.record)  # it is whole: not found out after hours
     if cfg.expected:
         print("expected seconds a seed, on two CPU cores (start again to resume at any point):")
         for phase, seconds in cfg.expected.items():

@@ -438,6 +438,8 @@ def main():
             s.run for s in cfg.select]:
         resolve(cfg, name)
     runtime.lock(cfg.output, ranks)
+    if cfg.samples:
+        runtime.lock(cfg.samples, ranks)
     for rank in (0, 1):  # what must be fetched is fetched by one rank, before the others look
         if (ranks.rank > 0) == rank:
             todo = tasks(cfg, ranks)

@@ -224,6 +224,8 @@ def block(what):
     if what == "summary":
         return summary(sorted(p.stem for p in RECORDS.glob("*.jsonl")))
     name, part = what.split()
+    if not (RECORDS / f"{name}.jsonl").exists():
+        return "Not recorded yet.\n"
     entries = claims.read(RECORDS / f"{name}.jsonl")
     if part == "claims":
         return claims.table(claims_of(name), entries)

@@ -85,10 +85,14 @@ def forward_flops(config, tokens, length):
 def hours(config, cfg, gpus, gpu, response):
     """Hours of a run on so many of a GPU, its responses `response` tokens long in the mean."""
     if isinstance(cfg, erpd.Config):
-        goals = [goal for _, path in cfg.paths for goal in path[1:]]  # of the later rounds
-        parts = [part for goal in (None, *goals) for part in (
-            options.read_config(sample.Config, cfg.sample), *stages(cfg, goal))]
-        return sum(hours(config, part, gpus, gpu, response) for part in parts)
+        total, sampling = 0.0, {run.name: run.sample for run in cfg.stage1}
+        for i, (_, k, goal, names) in enumerate(cfg.schedule):
+            if k > 1 or i == 0:  # paths share the first round
+                changes = sampling.get(erpd.split(goal)[0], []) if k > 1 else []
+                parts = [options.read_config(sample.Config, cfg.sample, changes),
+                         *stages(cfg, names)]
+                total += sum(hours(config, part, gpus, gpu, response) for part in parts)
+        return total
     if isinstance(cfg, sample.Config | evaluate.Config):
         tokens = sum(number * min(response, longest) for number, longest in draws(cfg))
         response = min(response, max(longest for _, longest in draws(cfg)))
@@ -118,7 +122,7 @@ def needs(config, cfg, gpus=8, gpu=None, response=None):
     hours). `response` is the mean length of responses; None: half the longest.
     """
     if isinstance(cfg, erpd.Config):
-        runs = stages(cfg)
+        runs = stages(cfg, {run.name for run in (*cfg.stage1, *cfg.stage2)})
         longest = options.read_config(sample.Config, cfg.sample).max_new_tokens
     else:
         runs = [cfg]
@@ -134,11 +138,11 @@ def needs(config, cfg, gpus=8, gpu=None, response=None):
         config, cfg, gpus, one, response or longest // 2)
 
 
-def stages(cfg, goal=None):
-    """The configs of the stages of a round, of one for the run `goal` or with all runs."""
+def stages(cfg, names):
+    """The configs of the runs of a round that are named."""
     return [options.read_config(kind, run.config, run.set)
             for kind, many in ((stage1.Config, cfg.stage1), (stage2.Config, cfg.stage2))
-            for run in many if goal is None or run.name in erpd.needed(cfg, goal)]
+            for run in many if run.name in names]
 
 
 def most(config, cfg, gpus, response, room):

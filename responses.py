@@ -1,8 +1,9 @@
 """responses.py - what a policy answered: samples that are kept as they finish, and their rewards.
 
 A folder holds the samples of one checkpoint to the prompts of one benchmark in one way of sampling;
-its name is a digest of all that decides them (checkpoint, prompts as tokens, temperature and
-truncation, longest response, seed), and settings.json says it in words. Lines in rank_000.jsonl ...
+its name is a digest of all that decides them (checkpoint, prompts as tokens, temperature,
+truncation and penalties, what ends a response, longest response, seed), and settings.json says it
+in words. Lines in rank_000.jsonl ...
 
     {"problem": 3, "sample": 0, "finished": true, "tokens": [...], "text": "..."}
 
@@ -21,6 +22,7 @@ import os
 import re
 from array import array
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -100,7 +102,8 @@ class Samples:
             temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p,
             presence_penalty=s.presence_penalty, repetition_penalty=s.repetition_penalty,
             stop=(*tokenizer.stop, *stop_tokens), stop_strings=stop_strings,
-            decode=tokenizer.decode, seed=seed, slots=slots, ids=self.mine, skip=skip)
+            decode=partial(tokenizer.decode, special=True), seed=seed, slots=slots,
+            ids=self.mine, skip=skip)
         for q, j in tqdm(stream, total=len(self.mine) * self.n - len(skip), unit="seq",
                          disable=self.ranks.rank != 0, leave=False, delay=10, mininterval=5,
                          desc=s.name):

@@ -49,7 +49,9 @@ def load(folder, model, optimizer, *, weights=True):
         with hf.tensors(file):  # its header is sound
             pass
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    with durable.reading(folder, "delete it, to start from the beginning"), _one_error():
+    remedy = ("delete it, to start from the beginning" if weights
+              else "name a run of the same model as optimizer")
+    with durable.reading(folder, remedy), _one_error():
         saved = reader.read_metadata().state_dict_metadata
         for name, tensor in state.items():
             durable.require(name in saved, f"{name} is missing")

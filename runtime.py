@@ -252,12 +252,11 @@ def start(replicas=0):
         if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
             os._exit(143)  # it was killed before this process got here
     wait = timedelta(days=7)  # a rank that is done with its prompts waits for the slowest
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if world > 1:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=5)))
         store.set_timeout(wait)
         if per_node == world:  # torchrun --max-restarts keeps the store, with the dead ranks' names
-            store = dist.PrefixStore(again, store)
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     else:
         store = dist.HashStore()
@@ -270,7 +269,9 @@ def start(replicas=0):
                                 mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return Ranks(rank, world, device, mesh, dist.PrefixStore(f"erpd {again}", store))
+    ranks = Ranks(rank, world, device, mesh, store)
+    start = ranks.agree(os.urandom(8).hex())  # a restart counts anew
+    return dataclasses.replace(ranks, store=dist.PrefixStore(start, store))
 
 
 # ---------------------------------------------------------------- policy and optimiser
@@ -569,23 +570,29 @@ class Run:
 
     def restore(self, model, optimizer, other=""):
         """Load the latest state, if any; a fresh run takes over the optimiser's part of another
-        run's last state, if that is given. ValueError if the other run left none.
+        run's last state, if that is given.
         """
         if self.state:
             resume.load(self.state, model, optimizer)
             self.ranks.print(f"resumed from {self.state}")
         elif other:
-            states = _states(other)
-            if not states:
-                raise ValueError(f"optimizer = {other}: there is no resume state of a run in it")
-            resume.load(states[-1], model, optimizer, weights=False)
-            self.ranks.print(f"the optimiser goes on from {states[-1]}")
+            state = last_state(other)
+            resume.load(state, model, optimizer, weights=False)
+            self.ranks.print(f"the optimiser goes on from {state}")
 
     def finish(self, **summary):
         if self.ranks.rank == 0:
             config = durable.read_object(self.folder / "run.json", config=dict)["config"]
             durable.write_text(self.folder / "done.json",
                                json.dumps({"config": config, **summary}, indent=2))
+
+
+def last_state(folder):
+    """The last resume state of a run's folder. ValueError if it left none."""
+    states = _states(folder)
+    if not states:
+        raise ValueError(f"optimizer = {folder}: there is no resume state of a run in it")
+    return states[-1]
 
 
 def _states(folder):

@@ -31,6 +31,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -372,8 +373,8 @@ def main():
                              f"now {wanted.get(k)!r:.80}; "
                              "choose another output")
     dist.barrier()
-    todo = [s for s in range(len(shards)) if not rollouts.shard_file(cfg.output, s).is_file()]
-    dist.barrier()  # all have looked before anyone writes
+    todo = ranks.agree([s for s in range(len(shards))  # one counter needs one list
+                        if not rollouts.shard_file(cfg.output, s).is_file()])
     if todo:
         collect(cfg, ranks, rows, shards, todo, header)
     dist.barrier()
@@ -435,13 +436,13 @@ def collect(cfg, ranks, rows, shards, todo, header):
         if (i := ranks.store.add("taken", 1) - 1) >= len(todo):
             return None
         s = todo[i]
-        journal[s] = rollouts.Journal(cfg.output, s, header, shards[s], cfg.n, cfg.max_new_tokens,
-                                      model.config.vocab)
+        known = journal[s] = rollouts.Journal(cfg.output, s, header, shards[s], cfg.n,
+                                              cfg.max_new_tokens, model.config.vocab)
         found[s] = {}
-        for (row, sample), entry in journal[s].entries.items():
+        for (row, sample), entry in known.entries.items():
             add(s, row, sample, Sequence(place[row], *entry))
         return [(place[row], sample) for row in shards[s] for sample in range(cfg.n)
-                if (row, sample) not in journal[s].entries]
+                if (row, sample) not in known.entries]
 
     def finish(s, done):
         """Grade a shard and write it."""
@@ -463,7 +464,8 @@ def collect(cfg, ranks, rows, shards, todo, header):
                 model, prompts, n=cfg.n, max_new_tokens=cfg.max_new_tokens,
                 temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
                 stop=(*tokenizer.stop, *cfg.stop_tokens), stop_strings=cfg.stop_strings,
-                decode=tokenizer.decode, seed=cfg.seed, slots=slots, ids=order, feed=take):
+                decode=partial(tokenizer.decode, special=True), seed=cfg.seed, slots=slots,
+                ids=order, feed=take):
             row = order[sequence.prompt]
             s = shard_of[row]
             journal[s].add(row, sample, *sequence[1:])

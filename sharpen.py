@@ -9,11 +9,13 @@ whose accuracy and KL evaluate.py measures like any other's:
     python sharpen.py --config configs/toy/sharpen.toml    # step_000080 is temperature 0.80
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import durable
 import model as models
 import options
 import runtime
@@ -45,8 +47,14 @@ def main():
     cfg = options.parse(Config, __doc__)
     ranks = runtime.start()
     runtime.lock(cfg.output, ranks)
+    made_of = {"policy": runtime.fingerprint(cfg.policy, ranks), "temperatures": cfg.temperatures}
     if ranks.rank:
         return
+    file = Path(cfg.output) / "run.json"
+    if file.exists() and durable.read_object(file, policy=str, temperatures=list) != made_of:
+        raise ValueError(f"{cfg.output}: holds another policy's, or other temperatures; choose "
+                         "another output or delete it")
+    durable.write_text(file, json.dumps(made_of))
     for tau in cfg.temperatures:
         folder = Path(cfg.output) / f"step_{round(100 * tau):06d}"
         if not folder.exists():

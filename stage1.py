@@ -160,6 +160,8 @@ def main():
     if not len(kept):
         raise ValueError(f"{cfg.batch}: no row is left to train on")
 
+    if cfg.optimizer:
+        runtime.last_state(cfg.optimizer)  # it is there
     run = runtime.Run(cfg.output, cfg, inputs, ranks, may_change=("steps",))
     if run.done:
         return ranks.print(f"{cfg.output}: already complete")

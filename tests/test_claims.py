@@ -52,9 +52,14 @@ def test_values(keys, value, note):
     assert found == (pytest.approx(value), note)
 
 
-def test_unknown_measure():
-    with pytest.raises(ValueError, match="ce has no colour"):
-        claims.value(claim(of="ce", measure="colour"), ENTRY)
+@pytest.mark.parametrize("keys, words", [
+    ({"measure": "colour"}, "measure must be one of"),
+    ({"measure": "equal_kl", "against": "ce@16"}, "whole run"),
+    ({"measure": "explained_variance", "of": "ce@16"}, "names a step"),
+    ({"most": 1.0}, "one of least and most")])  # fmt: skip
+def test_claims_that_cannot_be(keys, words):
+    with pytest.raises(ValueError, match=words):
+        claim(**{"of": "ce", **keys})
 
 
 @pytest.mark.parametrize("values, keys, verdict", [
@@ -104,9 +109,13 @@ def test_records(tmp_path):
         claims.append(file, entry)
     assert len(file.read_text().splitlines()) == 4
     assert list(claims.read(file)) == [1, 2]
+    claims.append(file, base)  # the first settings again: they count again
+    assert list(claims.read(file)) == [0, 1]
     with open(file, "a") as out:
         out.write('{"experiment": "x"')  # a kill
-    assert list(claims.read(file)) == [1, 2]
+    assert list(claims.read(file)) == [0, 1]
+    claims.append(file, {**base, "seed": 7})  # on a line of its own
+    assert list(claims.read(file)) == [0, 1, 7]
     file.write_text("")
     with pytest.raises(ValueError, match="holds no record"):
         claims.read(file)

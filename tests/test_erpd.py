@@ -185,13 +185,13 @@ def test_paths_part_after_the_first_round(tmp_path):
     assert again.stdout.count("done before") == again.stdout.count("] torchrun") > 20
     assert len((tmp_path / "records/tiny.jsonl").read_text().splitlines()) == 1
     # another config of the same output does only what is new
-    other = place(tmp_path, CONFIG.replace("HERE/report", "HERE/second").replace(
-        'runs = ["student", "both", "back"]', 'runs = ["both"]').replace("online*3", "online"))
+    other = place(tmp_path, CONFIG.split("[[claim]]")[0].replace("HERE/report", "HERE/second")
+                  .replace('"student", "both", "back"', '"both"').replace("online*3", "online*2"))
     third = subprocess.run([*command[:3], str(other)], cwd=ROOT, capture_output=True, text=True,
                            timeout=100)
     assert third.returncode == 0, third.stdout[-2000:] + third.stderr[-2000:]
     ran = [line for line in third.stdout.splitlines() if re.match(r"\[.*\] \d+ s", line)]
-    assert [line.split()[0] for line in ran] == ["[evaluate]"]
+    assert [line.split()[0] for line in ran] == ["[evaluate]"] * 2
 
 
 @pytest.mark.parametrize("ref, parts", [
@@ -219,6 +219,16 @@ def test_references(ref, parts):
     (("evaluate_every = 2", "evaluate_every = 0"), "evaluate_every"),
     (("evaluate_every = 2", "rounds = 2"), "no \\[\\[path\\]\\]"),
     (("least = -1.0", ""), "claim 'one': give one of least and most"),
+    (('against = "sharpened"', 'against = "sharpened@50"'), "against a whole run"),
+    (('measure = "equal_kl"', 'measure = "colour"'), "measure must be one of accuracy"),
+    (('runs = ["online*3"]', "runs = []"), "at least one run"),
+    (('runs = ["online*3"]', 'runs = ["back", "online"]'), "made of an earlier round"),
+    (('"both", "back"]', '"both", "teacher", "back"]'), "no 'student~2' in round 4 of path 'dis"),
+    (('"online*3"', '"online:unlearned"'), "path on_policy: 'online:unlearned' is neither"),
+    (('"online*3"', '"online"'), "no later round is for it"),
+    (('start = "teacher@2"', 'start = "old"'), "leave it out"),
+    (("evaluate_every = 2", 'next = "teacher"'), "next is not read"),
+    (("evaluate_every = 2", 'check = {student = "student", teacher = "online"}'), "check.student"),
 ])  # fmt: skip
 def test_what_does_not_fit_together(tmp_path, change, words):
     assert CONFIG.count(change[0]) >= 1
@@ -230,13 +240,31 @@ def test_what_does_not_fit_together(tmp_path, change, words):
     (('numerator = "recovered"', 'numerator = "recovered@3"'), "keeps no checkpoint of step 3"),
     (("sharpened = [0.5]", "sharpened = [0.501]"), "hundredths"),
     (("num_prompts=4", "num_prompt=4"), "num_prompt"),
-    (('"both", "back"', '"teacher@3", "back"'), "path distil: teacher keeps no checkpoint of step"),
+    (('"student", "both"', '"student@1", "both"'),
+     "path distil: student keeps no checkpoint of step 1"),
+    (('of = "student"', 'of = "student@3"'), "claim 'one': there will be no 'student@3'"),
+    (('of = "student"', 'of = "distil.both (round 3)"'), "there will be no"),
+    (('sampling = "greedy"', 'sampling = "T=2"'), "no \\[\\[sampling\\]\\] is named 'T=2'"),
 ])  # fmt: skip
 def test_what_is_seen_before_anything_runs(tmp_path, change, words):
     assert CONFIG.count(change[0]) >= 1
     with pytest.raises(ValueError, match=words):
         erpd.check_configs(
             options.read_config(erpd.Config, place(tmp_path, CONFIG.replace(*change))))
+
+
+def test_a_command_runs_again_when_its_output_is_of_another_config(tmp_path, monkeypatch):
+    """Two configs that write one folder in turn: A, B, A runs three times, A, A once."""
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: (
+        ran.append(command), subprocess.CompletedProcess(command, 0))[1])
+    driver = erpd.Driver(erpd.Config(output="x", sample="s", evaluate="e", task="t"), tmp_path)
+    file = tmp_path / "e.toml"
+    for text in ("a = 1", "a = 1", "a = 2", "a = 1", "a = 1"):
+        file.write_text(text)
+        driver.run("evaluate", "evaluate.py", file)
+        driver = erpd.Driver(driver.cfg, tmp_path)
+    assert len(ran) == 3
 
 
 def test_runs_of_one_name_are_one_run():

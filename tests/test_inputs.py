@@ -1256,10 +1256,11 @@ def driver(folder):
 
 COMMAND_CASES = [
     *(case(k, v) for k, v in BAD_JSON_LINES.items()),
-    case("no key", '{"seconds": 1.0}'),
-    case("no seconds", '{"key": "a"}'),
-    case("key a list", '{"key": ["a"], "seconds": 1.0}'),
-    case("seconds text", '{"key": "a", "seconds": "x"}'),
+    case("no key", '{"seconds": 1.0, "arguments": []}'),
+    case("no seconds", '{"key": "a", "arguments": []}'),
+    case("no arguments", '{"key": "a", "seconds": 1.0}'),
+    case("key a list", '{"key": ["a"], "seconds": 1.0, "arguments": []}'),
+    case("seconds text", '{"key": "a", "seconds": "x", "arguments": []}'),
 ]  # fmt: skip
 
 

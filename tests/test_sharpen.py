@@ -27,6 +27,18 @@ def test_logits_are_divided(tmp_path, run, write):
                                    base / tau, rtol=1e-4, atol=1e-4)
 
 
+def test_another_policy_or_temperature_is_refused(tmp_path, run):
+    """What is in the folder would pass for this policy's."""
+    for i in range(2):
+        write_policy(tmp_path / f"p{i}", seed=i)
+    run(sharpen, f"policy={tmp_path}/p0", f"output={tmp_path}/out", "temperatures=[0.7]")
+    for changes in ([f"policy={tmp_path}/p1", "temperatures=[0.7]"],
+                    [f"policy={tmp_path}/p0", "temperatures=[0.7, 0.6]"]):
+        with pytest.raises(ValueError, match="choose another output"):
+            run(sharpen, f"output={tmp_path}/out", *changes)
+    run(sharpen, f"policy={tmp_path}/p0", f"output={tmp_path}/out", "temperatures=[0.7]")
+
+
 @pytest.mark.parametrize("tau", [0.0, -1.0, 0.123, float("nan")])
 def test_bad_temperatures(tau):
     with pytest.raises(ValueError, match="temperatures"):
