@@ -78,6 +78,9 @@ def command(main):
         os._exit(2)  # other ranks may be waiting in a collective: leave at once, torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # all is written; torch's threads may abort while the interpreter is taken down
 
 
 def end_with_parent():
