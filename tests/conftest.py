@@ -17,6 +17,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels.py is imported
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
@@ -26,6 +27,9 @@ import runtime  # noqa: E402
 import toy  # noqa: E402
 
 torch.set_num_threads(1)
+# the same examples every time, so that a red run is the change's fault; FUZZ=n draws fresh ones
+hypothesis.settings.register_profile("default", derandomize="FUZZ" not in os.environ, database=None)
+hypothesis.settings.load_profile("default")
 
 
 def pytest_addoption(parser):

@@ -2192,8 +2192,8 @@ def test_fuzz_commands(data, tmp_path_factory):
     content = data.draw(replaced(valid).map(dumps) | mutated(dumps(valid)))
     (folder / "commands.jsonl").write_bytes(content + b"\n")
     made = survives(lambda: driver(folder), "commands.jsonl")
-    for key, seconds in (made.done if made else {}).items():
-        assert isinstance(key, str) and isinstance(seconds, int | float)
+    for entry in made.done.values() if made else ():
+        assert isinstance(entry["key"], str) and isinstance(entry["seconds"], int | float)
 
 
 def test_fuzz_finds_something(tmp_path):
