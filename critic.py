@@ -43,7 +43,8 @@ import runtime
 from options import key
 
 # keys of [train] that change how values are computed, not which
-FREE = ("max_tokens", "recompute", "replicas", "checkpoint_every", "checkpoint_at")
+FREE = ("max_tokens", "recompute", "keep_attention", "compile", "replicas", "checkpoint_every",
+        "checkpoint_at")
 SHOWN = ("loss", "explained_variance", "value_positive", "value_negative", "grad_norm",
          "tokens_per_second")  # the console line; critic/metrics.jsonl has them all
 
@@ -100,7 +101,7 @@ def values(folder, settings, train, policy, batch, kept, ranks):
     if ranks.agree(value is None):
         run = Pretraining(folder, config, inputs, ranks,
                           may_change=[f"train.{name}" for name in FREE])
-        model = network(policy, ranks, config.train.recompute, float(batch.reward[kept].mean()))
+        model = network(policy, ranks, config.train, float(batch.reward[kept].mean()))
         optimizer = runtime.adamw(model, config.train.lr, config.train.betas,
                                   config.train.weight_decay)
         run.restore(model, optimizer)
@@ -115,11 +116,11 @@ def values(folder, settings, train, policy, batch, kept, ranks):
     return value
 
 
-def network(path, ranks, recompute, mean):
+def network(path, ranks, train, mean):
     """A checkpoint with a scalar head in the place of its output projection, sharded like the
     policy. V is the mean reward to begin with: steps are few, and it is the larger part.
     """
-    model = runtime.policy(path, ranks, recompute=recompute)
+    model = runtime.policy(path, ranks, train)
     if not model.config.tied:
         del model.lm_head  # it would have no gradient
     model.add_value_head(mean)

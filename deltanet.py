@@ -44,16 +44,17 @@ class Chunks:
     chunks of each sequence.
     """
 
-    def __init__(self, cu_seqlens, T):
-        lengths = cu_seqlens.diff()
-        self.count = (lengths + CHUNK - 1) // CHUNK
-        self.first = self.count.cumsum(0) - self.count
-        segment = torch.arange(len(lengths), device=lengths.device).repeat_interleave(
-            lengths, output_size=T)
-        self.place = (self.first[segment] * CHUNK
-                      + torch.arange(T, device=lengths.device) - cu_seqlens[segment])
-        self.sizes = self.count.tolist()  # one look from the host, shared by all layers
+    def __init__(self, cu_seqlens, lengths):
+        """`lengths`: those of the sequences, on the host."""
+        T, device = sum(lengths), cu_seqlens.device
+        self.sizes = [-(-length // CHUNK) for length in lengths]
         self.total = sum(self.sizes)
+        self.count = (cu_seqlens.diff() + CHUNK - 1) // CHUNK
+        self.first = self.count.cumsum(0) - self.count
+        segment = torch.arange(len(lengths), device=device).repeat_interleave(
+            cu_seqlens.diff(), output_size=T)
+        self.place = (self.first[segment] * CHUNK
+                      + torch.arange(T, device=device) - cu_seqlens[segment])
 
 
 def gated_delta_rule(q, k, v, g, beta, chunks):

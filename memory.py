@@ -7,7 +7,9 @@ on a CPU: 4):
 
     training
       state      16 P / N        float32 weights, gradients, two moments of AdamW
-      inputs     w T H L         input of every block, kept by activation checkpointing
+      inputs     w T H L         input of every block, kept by activation checkpointing; with
+                                 keep_attention + w T (2 A + 2 K) D L, without recompute all that
+                                 a block keeps
       a block    10 w P_block    gathered (this one and the next), gradients, reductions in flight
                  + w/2 T (22 H + 14 I + 6 A D + ...)   kept for its backward pass, and at work in it
       or head    4 w V H         gathered, its gradient, the reduction
@@ -45,7 +47,7 @@ class Device:
     reserve: int  # bytes
 
 
-DEVICES = {"cuda": Device(2, 3, 4, 3 * GIB), "cpu": Device(4, 7, 64, GIB)}
+DEVICES = {"cuda": Device(2, 3, 4, 3 * GIB), "cpu": Device(4, 8, 64, GIB)}
 
 
 def weights(config):
@@ -80,7 +82,8 @@ def forward(config, tokens, width):
     return largest + 20 * tokens * c.hidden
 
 
-def training(config, tokens, ranks, *, device="cuda", batch=0, step=0):
+def training(config, tokens, ranks, *, device="cuda", batch=0, step=0, recompute=True,
+             keep_attention=False):
     """Bytes on one of `ranks` while training on micro-batches of `tokens`: {part: bytes}, the last
     of them "peak". batch, step: tokens of the batch and of its largest minibatch.
     """
@@ -89,8 +92,13 @@ def training(config, tokens, ranks, *, device="cuda", batch=0, step=0):
     working = kept(config, tokens) + tokens * (
         6 * config.intermediate + 4 * config.hidden + 600 * delta_heads)
     logits = d.slices * min(4 * tokens * config.vocab, 4 * SLICE_ELEMENTS)
-    parts = {"state": 16 * total // ranks,
-             "inputs": d.width * tokens * config.hidden * config.layers,
+    inputs = d.width * tokens * config.hidden * config.layers
+    if not recompute:
+        inputs += kept(config, tokens) * d.width // 2 * config.layers
+    elif keep_attention:  # queries, keys, values, a gate, and what comes of them
+        heads = (2 + config.gated) * config.heads + 2 * config.kv_heads
+        inputs += d.width * tokens * heads * config.head_dim * config.linear.count(False)
+    parts = {"state": 16 * total // ranks, "inputs": inputs,
              "block": 10 * d.width * block + working * d.width // 2,
              "head": 4 * d.width * head + (8 + 2 * d.width) * tokens * config.hidden + logits,
              "batch": d.batch * batch + 64 * step, "reserve": d.reserve}

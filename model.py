@@ -259,13 +259,17 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, cos, sin, mix, memory):
+    def project(self, x, cos, sin):
         q = self.q_proj(x).unflatten(-1, (-1, (1 + self.gated) * self.head_dim))
-        q, gate = q.split(self.head_dim, -1) if self.gated else (q, None)  # [T, A, D]
+        q, *gate = q.split(self.head_dim, -1)  # [T, A, D]
         k, v = (proj(x).unflatten(-1, (-1, self.head_dim))
                 for proj in (self.k_proj, self.v_proj))  # [T, K, D]
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        o = mix.attend(q, k, v, memory)
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v, *gate
+
+    def mix(self, mix, memory, q, k, v, *gate):
+        return mix.attend(q, k, v, memory), *gate
+
+    def output(self, o, gate=None):
         return self.o_proj((o if gate is None else o * gate.sigmoid()).flatten(1))
 
 
@@ -301,17 +305,22 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNorm(d.v_dim, c.eps)
         self.out_proj = nn.Linear(d.v_heads * d.v_dim, c.hidden, bias=False)
 
-    def forward(self, x, cos, sin, mix, memory):
+    def project(self, x, cos, sin):
+        return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
+
+    def mix(self, mix, memory, qkv, z, b, a):
         d = self.shape
-        qkv = F.silu(mix.convolve(self.in_proj_qkv(x), self.conv1d.weight, memory))
+        qkv = F.silu(mix.convolve(qkv, self.conv1d.weight, memory))
         q, k, v = qkv.split((d.k_heads * d.k_dim, d.k_heads * d.k_dim, d.v_heads * d.v_dim), -1)
         q, k = (unit(y.unflatten(-1, (d.k_heads, d.k_dim)).float()).repeat_interleave(
             d.v_heads // d.k_heads, 1) for y in (q, k))  # [T, V, dk]
         v = v.unflatten(-1, (d.v_heads, d.v_dim))  # [T, V, dv]
-        g, beta = self.decay(self.in_proj_a(x)), self.in_proj_b(x).float().sigmoid()  # [T, V]
-        o = self.norm(mix.recall(q * d.k_dim ** -0.5, k, v, g, beta, memory))
-        gate = F.silu(self.in_proj_z(x).view(o.shape).float())
-        return self.out_proj((o * gate).flatten(1).to(x.dtype))
+        g, beta = self.decay(a), b.float().sigmoid()  # [T, V]
+        return mix.recall(q * d.k_dim ** -0.5, k, v, g, beta, memory), z
+
+    def output(self, o, z):
+        gated = self.norm(o) * F.silu(z.view(o.shape).float())
+        return self.out_proj(gated.flatten(1).to(z.dtype))
 
 
 def unit(x):
@@ -330,7 +339,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    recompute = False  # activation checkpointing: keep only the input, run again in backward
+    """x += mix(norm(x)), x += mlp(norm(x)), in three parts: `project` before tokens reach each
+    other, the mixer's `mix`, `finish` after it.
+    """
+
+    # activation checkpointing: keep only the input, run again in backward; keep_attention: keep
+    # what goes into attention and comes out of it, too, and run only the rest again
+    recompute = keep_attention = False
 
     def __init__(self, c, linear=False):
         super().__init__()
@@ -341,13 +356,31 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, *context):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, *context, use_reentrant=False)
-        return self._forward(x, *context)
+        def again(part, *inputs):
+            return checkpoint(part, *inputs, use_reentrant=False)
 
-    def _forward(self, x, cos, sin, mix, memory):
-        x = x + getattr(self, self.mixer)(self.input_layernorm(x), cos, sin, mix, memory)
+        def once(part, *inputs):
+            return part(*inputs)
+
+        recompute = self.recompute and torch.is_grad_enabled()
+        parts = recompute and self.keep_attention and self.mixer == "self_attn"
+        return (again if recompute and not parts else once)(
+            self._forward, again if parts else once, x, *context)
+
+    def _forward(self, run, x, cos, sin, mix, memory):
+        mixed = getattr(self, self.mixer).mix(mix, memory, *run(self.project, x, cos, sin))
+        return run(self.finish, x, *mixed)
+
+    def project(self, x, cos, sin):
+        return getattr(self, self.mixer).project(self.input_layernorm(x), cos, sin)
+
+    def finish(self, x, *mixed):
+        x = x + getattr(self, self.mixer).output(*mixed)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def fuse(self):
+        """Fuse what lies between the matrix products, by torch.compile; mixing stays as it is."""
+        self.project, self.finish = torch.compile(self.project), torch.compile(self.finish)
 
 
 class Head(nn.Module):
@@ -406,7 +439,8 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def _check(self, tokens, cu_seqlens):
-        """Packed input -> (cu_seqlens int64, T, whether it is computed in 16 bits on a GPU)."""
+        """Packed input -> (cu_seqlens int64, device, whether it is computed in 16 bits on a GPU).
+        """
         bounds = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
         if (tokens.ndim != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != len(tokens)
                 or any(a > b for a, b in pairwise(bounds))):
@@ -416,11 +450,12 @@ class Transformer(nn.Module):
         # under FSDP2's mixed precision the weight is the gathered, cast one
         weight = self.model.norm.weight
         half = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
-        return cu_seqlens.long(), len(tokens), half
+        return cu_seqlens.long(), tokens.device, half
 
     def forward(self, tokens, cu_seqlens):
         """tokens [T] integer, cu_seqlens [B+1] -> last hidden states [T, H];
-        hidden[t] predicts tokens[t + 1].
+        hidden[t] predicts tokens[t + 1]. cu_seqlens may stay on the CPU: then a GPU is not waited
+        for.
         """
         return self._run(tokens.long(), Packed(*self._check(tokens, cu_seqlens)))
 
@@ -453,7 +488,7 @@ class Transformer(nn.Module):
         cache, n < N. Returns the hidden state of each prompt's last token, [P, H].
         """
         mix = Prefill(*self._check(tokens, cu_seqlens), prompt, slot)
-        return self._run(tokens.long(), mix, cache)[cu_seqlens[1:] - 1]
+        return self._run(tokens.long(), mix, cache)[mix.cu_seqlens[1:] - 1]
 
     @torch.no_grad()
     def decode(self, tokens, lengths, cache, longest):

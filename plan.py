@@ -150,6 +150,8 @@ def most(config, cfg, gpus, response, room):
     if isinstance(cfg, stage1.Config | stage2.Config):
         step = step_tokens(cfg, response)
         return memory.training(config, cfg.train.max_tokens, gpus, step=step,
+                               recompute=cfg.train.recompute,
+                               keep_attention=cfg.train.keep_attention,
                                batch=step * PROMPTS // cfg.train.prompts_per_step)
     # one sequence at a time; the rest of a GPU makes it faster
     length = max(longest for _, longest in draws(cfg)) + PROMPT

@@ -285,8 +285,10 @@ class MicroBatch:
     place: torch.Tensor
 
     def to(self, device):
-        return MicroBatch(**{name: value.to(device, non_blocking=True)
-                             for name, value in vars(self).items()})
+        """On the device, but for cu_seqlens: the model looks at it, and so need not wait."""
+        return MicroBatch(**{
+            name: value if name == "cu_seqlens" else value.to(device, non_blocking=True)
+            for name, value in vars(self).items()})
 
 
 def micro_batch(batch, rows):

@@ -31,6 +31,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -167,7 +168,12 @@ class Train:
     seed: int = key(0, "order of the prompts")
     max_tokens: int = key(32768, "tokens of a micro-batch on one rank; changes memory and speed, "
                                  "not the result")
-    recompute: bool = key(True, "activation checkpointing by layer")
+    recompute: bool = key(True, "activation checkpointing by layer: keep a layer's input, run it "
+                                "again for its gradient")
+    keep_attention: bool = key(False, "recompute all of a layer but attention, whose inputs and "
+                                      "output are kept: faster on long responses, more memory")
+    compile: bool = key(False, "torch.compile what lies between a layer's matrix products: faster "
+                               "on a GPU after a minute")
     replicas: int = key(0, "copies of the weights over all ranks; 0: one a node")
     checkpoint_every: int = key(16, "steps between checkpoints; the last step always has one")
     checkpoint_at: list[int] = key([], "further steps to keep a checkpoint of")
@@ -280,32 +286,39 @@ def start(replicas=0):
 # ---------------------------------------------------------------- policy and optimiser
 
 
-def policy(path, ranks, *, recompute=False):
-    """A checkpoint in float32, sharded block by block with FSDP2; computes in bfloat16 on a GPU.
+def policy(path, ranks, train=None):
+    """A checkpoint in float32, sharded as `shard` says; `train` is the [train] section of a policy
+    that learns.
 
     A rank reads its own share of the weights and never holds more of them.
     """
+    model = models.load(path, dtype=torch.float32, device=ranks.device,
+                        shard=partial(shard, ranks=ranks))
+    for block in model.model.layers if train else ():
+        block.recompute, block.keep_attention = train.recompute, train.keep_attention
+        if train.compile:
+            block.fuse()
+    return model
+
+
+def shard(model, ranks):
+    """Shard a float32 model block by block with FSDP2; it computes in bfloat16 on a GPU."""
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else None
 
-    def shard(module, dtype=dtype, **more):
+    def split(module, dtype=dtype, **more):
         fully_shard(module, mesh=ranks.mesh, mp_policy=MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False), **more)
 
-    def shard_all(model):
-        for block in model.model.layers:
-            block.recompute = recompute
-            for module in block.modules():
-                if isinstance(module, models.Decay):
-                    shard(module, dtype=None)  # stays float32
-            shard(block)
-        if not model.config.tied:  # a large vocabulary is gathered only while it is used
-            shard(model.model.embed_tokens)
-            shard(model.lm_head)
-        shard(model, reshard_after_forward=False)
-
-    model = models.load(path, dtype=torch.float32, device=ranks.device, shard=shard_all)
+    for block in model.model.layers:
+        for module in block.modules():
+            if isinstance(module, models.Decay):
+                split(module, dtype=None)  # stays float32
+        split(block)
+    if not model.config.tied:  # a large vocabulary is gathered only while it is used
+        split(model.model.embed_tokens)
+        split(model.lm_head)
+    split(model, reshard_after_forward=False)
     register_fsdp_forward_method(model, "logp")
-    return model
 
 
 def memory_bound(paths, batch, train, ranks):
@@ -317,7 +330,8 @@ def memory_bound(paths, batch, train, ranks):
     step = int(prompts.topk(min(train.prompts_per_step, len(prompts))).values.sum())
     parts = max((memory.training(
         models.read_config(path), train.max_tokens, ranks.mesh["shard"].size(),
-        device=ranks.device.type, batch=len(batch.tokens), step=step) for path in paths),
+        device=ranks.device.type, batch=len(batch.tokens), step=step, recompute=train.recompute,
+        keep_attention=train.keep_attention) for path in paths),
         key=lambda parts: parts["peak"])
     ranks.print(memory.text(parts))
     return parts["peak"] / 2**30

@@ -199,7 +199,7 @@ def main():
                        losses.group_advantage(reward, prompt, normalize=cfg.loss.normalize))
         advantage = group.repeat_interleave(batch.lengths)
 
-    model = runtime.policy(cfg.policy, ranks, recompute=cfg.train.recompute)
+    model = runtime.policy(cfg.policy, ranks, cfg.train)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
     run.restore(model, optimizer, cfg.optimizer)
     prompts = len(torch.unique(batch.prompt[kept]))

@@ -147,7 +147,7 @@ def main():
                 f"{int((~batch.finished).sum())} truncated"
                 f"{' (left out)' if cfg.drop_unfinished else ''}")
 
-    model = runtime.policy(old, ranks, recompute=cfg.train.recompute)
+    model = runtime.policy(old, ranks, cfg.train)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
     schedule = [signal for signal in cfg.signal for _ in range(signal.steps)]  # one a step
     last = len(schedule)

@@ -55,7 +55,7 @@ def form(request):
 
 def chunks_of(lengths):
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    return Chunks(cu_seqlens, sum(lengths))
+    return Chunks(cu_seqlens, lengths)
 
 
 def unit(*shape):

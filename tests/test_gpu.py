@@ -57,6 +57,45 @@ def test_packed_attention_in_bfloat16(tmp_path):
     assert torch.equal(model(tokens, cu)[keep], model(tokens2, cu)[keep])
 
 
+def test_long_sequences_in_bfloat16(tmp_path, monkeypatch):
+    """One by one through cuDNN, the same as together through the variable-length kernel."""
+    model = models.load(write_policy(tmp_path / "policy"), dtype=torch.bfloat16, device="cuda")
+    tokens, cu = torch.randint(1, 23, (900,), device="cuda"), torch.tensor([0, 600, 900])
+    together = model(tokens, cu)
+    monkeypatch.setattr(mixing, "LONG", 300)
+    assert (model(tokens, cu) - together).abs().max() < 0.05 * together.abs().max()
+
+
+@pytest.mark.parametrize("write", [write_policy, write_hybrid])
+def test_a_micro_batch_never_waits_for_the_gpu(tmp_path, write):
+    model = models.load(write(tmp_path / "policy"), dtype=torch.bfloat16, device="cuda")
+    tokens, cu = torch.randint(1, 23, (300,), device="cuda"), torch.tensor([0, 90, 300])
+    scored = torch.arange(1, 300, device="cuda")
+
+    def step():
+        logp, entropy = model.logp(tokens, cu, scored, entropy=True)
+        (logp.sum() + entropy.sum()).backward()
+
+    step()  # kernels are compiled, plans made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("write", [write_policy, write_hybrid])
+def test_fused_in_bfloat16(tmp_path, write):
+    """torch.compile keeps to the rounding of bfloat16."""
+    plain, fused = (models.load(write(tmp_path / name), dtype=torch.bfloat16, device="cuda")
+                    for name in "ab")
+    for block in fused.model.layers:
+        block.fuse()
+    tokens, cu = torch.randint(1, 23, (300,), device="cuda"), torch.tensor([0, 90, 300])
+    want = plain(tokens, cu)
+    assert (fused(tokens, cu) - want).abs().max() < 0.1 * want.abs().max()
+
+
 @pytest.mark.parametrize("dk, dv", [(128, 128), (16, 48), (20, 24)])
 def test_delta_rule_on_the_gpu(dk, dv):
     """The Triton walk and its backward against the plain form on the CPU."""
@@ -68,7 +107,7 @@ def test_delta_rule_on_the_gpu(dk, dv):
 
     def run(device):
         x = [y.to(device).requires_grad_() for y in inputs]
-        o, final = deltanet.gated_delta_rule(*x, deltanet.Chunks(cu.to(device), T))
+        o, final = deltanet.gated_delta_rule(*x, deltanet.Chunks(cu.to(device), lengths))
         loss = (o * weight.to(device)).sum() + final.square().sum()
         return [y.cpu() for y in (o, final, *torch.autograd.grad(loss, x))]
 

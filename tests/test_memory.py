@@ -59,7 +59,7 @@ def test_what_a_block_keeps(folder, monkeypatch):
         mix = object.__new__(mixing.Packed)
         mix.cu_seqlens = torch.tensor([0, T], device="meta")
         mix.segment = torch.zeros(T, dtype=torch.long, device="meta")
-        mix.chunks = deltanet.Chunks(torch.tensor([0, T]), T)
+        mix.chunks = deltanet.Chunks(torch.tensor([0, T]), [T])
         mix.chunks.place = mix.chunks.place.to("meta")
         kept, own = {}, {p.untyped_storage()._cdata for p in block.parameters()}
 

@@ -47,7 +47,7 @@ def test_convolve(taps, lengths):
     """The history of a sequence must start at zeros, not in the one before it; values, and the
     gradients of inputs and taps."""
     C, T = 6, sum(lengths)
-    packed = mixing.Packed(boundaries(lengths), T, False)
+    packed = mixing.Packed(boundaries(lengths), "cpu", False)
     x, weight = torch.randn(T, C), torch.randn(C, 1, taps)
     g = torch.randn(T, C)
 
@@ -68,12 +68,29 @@ def test_convolve(taps, lengths):
         assert_near(got, want)
 
 
+@pytest.mark.parametrize("A, K", [(4, 4), (6, 2)])
+def test_one_by_one(A, K, monkeypatch):
+    """What a GPU does with long sequences is what the padded form does."""
+    monkeypatch.setattr(mixing, "ROUND", 16)
+    T = sum(LENGTHS)
+    q, *kv = (torch.randn(T, heads, 8, requires_grad=True) for heads in (A, K, K))
+    packed, g = mixing.Packed(boundaries(LENGTHS), "cpu", False), torch.randn(T, A, 8)
+    want = mixing.attention(q, *kv, packed)
+    got = mixing._one_by_one(q, *kv, packed.sizes)
+    assert_near(got, want)
+    for x, y in zip(*(torch.autograd.grad(o, (q, *kv), g) for o in (got, want)), strict=True):
+        assert_near(x, y)
+    assert not packed.few_and_long
+    monkeypatch.setattr(mixing, "LONG", T // len(LENGTHS))
+    assert packed.few_and_long
+
+
 @pytest.mark.parametrize("A, K", [(4, 4), (6, 2), (3, 1)])
 def test_attend(A, K):
     """Softmax over a sequence's own earlier tokens, whatever groups its length puts it in; each
     query head reads its own key head."""
     D, T = 8, sum(LENGTHS)
-    packed = mixing.Packed(boundaries(LENGTHS), T, False)
+    packed = mixing.Packed(boundaries(LENGTHS), "cpu", False)
     tensors, g = [torch.randn(T, heads, D) for heads in (A, K, K)], torch.randn(T, A, D)
 
     def alone(q, k, v):
@@ -97,9 +114,9 @@ def test_attend(A, K):
 
 def test_positions():
     """They restart at every sequence, empty ones included."""
-    packed = mixing.Packed(boundaries(LENGTHS), sum(LENGTHS), False)
+    packed = mixing.Packed(boundaries(LENGTHS), "cpu", False)
     assert packed.positions.tolist() == [t for n in LENGTHS for t in range(n)]
-    assert packed.longest == max(LENGTHS)
+    assert packed.sizes == LENGTHS
 
 
 # ---------------------------------------------------------------- the cache of a Qwen3.5

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_hybrid, write_policy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -394,18 +394,47 @@ def test_cached_decoding(network):
     step([texts[0], late, texts[2]])
 
 
-def test_recompute(network):
-    """Activation checkpointing changes what is stored, not the gradient."""
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_recompute(network, keep_attention, monkeypatch):
+    """Activation checkpointing changes what is stored, not the gradient; kept attention is not run
+    again, the rest is."""
     tokens, cu_seqlens = pack(sequences(64))
     scored = torch.tensor([1, 2, 22, 40, 60])
     want = parameter_gradients(network, network.logp(tokens, cu_seqlens, scored)[0].sum())
-    runs = []
+    runs, attended, attention = [], [], mixing.attention
+    monkeypatch.setattr(mixing, "attention", lambda *a: attended.append(1) or attention(*a))
     for block in network.model.layers:
-        block.recompute = True
+        block.recompute, block.keep_attention = True, keep_attention
         block.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     got = parameter_gradients(network, network.logp(tokens, cu_seqlens, scored)[0].sum())
     assert len(runs) == 2 * len(network.model.layers)  # it did run again
+    if not any(network.config.linear):
+        assert len(attended) == (1 if keep_attention else 2) * len(network.model.layers)
     assert_gradients_near(got, want, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [write_policy, write_hybrid])
+@pytest.mark.parametrize("recompute, keep", [(False, False), (True, False), (True, True)])
+def test_fused(tmp_path, write, recompute, keep):
+    """torch.compile changes speed, not results, whatever is recomputed and however lengths vary."""
+    folder = write(tmp_path / "policy")
+    results = []
+    for fused in (False, True):
+        network = M.load(folder, dtype=torch.float32)
+        for block in network.model.layers:
+            block.recompute, block.keep_attention = recompute, keep
+            if fused:
+                block.fuse()
+        logps = []
+        for T in (50, 81, 33):
+            tokens, cu_seqlens = torch.arange(T) % 19 + 1, torch.tensor([0, T // 3, T])
+            logp, entropy = network.logp(tokens, cu_seqlens, torch.arange(1, T), entropy=True)
+            (logp.sum() + entropy.sum()).backward()
+            logps.append(logp.detach())
+        results.append([*logps, *(p.grad for p in network.parameters() if p.grad is not None)])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() <= 1e-3 * want.abs().max()
 
 
 # ---------------------------------------------------------------- folders: refusals
