@@ -20,9 +20,9 @@ Columns: forward and backward in ms, and tokens of the micro-batch a second from
 arithmetic (six per weight of a matrix product and token, the head for scored tokens only, and
 causal attention; nothing computed again counts) over the time, against --peak TFLOP/s and against
 an 8192^3 product in the same run; clipping and AdamW in ms; and the most memory allocated, beside
-the bound that memory.py promises for "layer". The peer's memory has no optimiser state and 16-bit
-gradients in it. A first pass of another length is not timed, so that compiled code is measured as
-training meets it: for lengths that change.
+memory.py's bound (which adds a reserve that the allocator does not see). The peer's memory holds no
+optimiser state, and weights and gradients of 16 bits. A first pass of another length is not timed,
+so that compiled code is measured as training meets it: for lengths that change.
 """
 
 from functools import partial
@@ -44,7 +44,10 @@ TINY = models.Config(
     vocab=500, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128,
     eps=1e-6, tied=True, qk_norm=True, rope_theta=1e6, linear=(False,) * 2)
 SHAPES = {"qwen3_4b": QWEN3_4B, "tiny": TINY}
-RECOMPUTE = ("layer", "attention", "none")
+RECOMPUTE = {  # what a row's name means in the words of the [train] section
+    "layer": {"recompute": True, "keep_attention": False},
+    "attention": {"recompute": True, "keep_attention": True},
+    "none": {"recompute": False, "keep_attention": False}}
 PROMPT, SEQUENCES, CHUNK = 128, 8, 1024
 
 
@@ -91,7 +94,7 @@ def build(config, recompute, compiled, ranks):
             torch.nn.init.normal_(p, std=0.02)
     runtime.shard(model, ranks)
     for block in model.model.layers:
-        block.recompute, block.keep_attention = recompute != "none", recompute == "attention"
+        block.recompute, block.keep_attention = RECOMPUTE[recompute].values()
         if compiled:
             block.fuse()
     return model, runtime.adamw(model, 1e-6, (0.9, 0.95), 0.0)
@@ -224,12 +227,13 @@ def record(config, measured, what, compiled, args, limits, ranks):
     for tokens, (both, updated, peak) in measured.items():
         sizes = lengths(tokens, args.lengths)
         rate = arithmetic(config, sizes, args.prompt) / both / 1e9  # TFLOP/s
-        bound = memory.training(config, tokens, ranks.world, device=ranks.device.type)["peak"]
+        bound = memory.training(config, tokens, ranks.world, device=ranks.device.type,
+                                **RECOMPUTE[what])["peak"] if what in RECOMPUTE else None
         yield {"bench": "step", "what": what, "compiled": compiled, "tokens": tokens,
                "sequences": len(sizes), "shape": args.shape, "both_ms": both, "update_ms": updated,
                "tokens_per_second": tokens / both * 1e3, "tflop_s": rate, "mfu": rate / args.peak,
                "of_product": rate / limits["product_tflop_s"], "peak_bytes": peak,
-               "bound_bytes": bound if what == "layer" else None}
+               "bound_bytes": bound}
 
 
 def cells(r, args):
@@ -246,7 +250,7 @@ def main():
     parser = measure.parser(__doc__, repeats=5)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3_4b")
     parser.add_argument("--lengths", choices=("whole", "mix"), default="whole")
-    parser.add_argument("--recompute", choices=RECOMPUTE, nargs="+", default=RECOMPUTE)
+    parser.add_argument("--recompute", choices=RECOMPUTE, nargs="+", default=[*RECOMPUTE])
     parser.add_argument("--compile", choices=("off", "on"), nargs="+", default=("off", "on"))
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--peak", type=float, default=989.0,
