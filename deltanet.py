@@ -57,14 +57,17 @@ class Chunks:
                       + torch.arange(T, device=device) - cu_seqlens[segment])
 
 
-def gated_delta_rule(q, k, v, g, beta, chunks):
-    """The chunked rule over packed sequences, every state starting at 0.
+def gated_delta_rule(q, k, v, g, beta, chunks, state=None):
+    """The chunked rule over packed sequences, every state starting at 0, or at `state`
+    [B, V, dk, dv] where no gradient is asked for.
 
     q, k [T, V, dk] (normalised and scaled by the caller), v [T, V, dv], g, beta [T, V].
     Returns (o [T, V, dv], S at the end of each sequence [B, V, dk, dv]), float32.
     """
     heads = max(1, TOKEN_HEADS // max(len(q), 1))
-    parts = [tuple(x[:, h:h + heads] for x in (q, k, v, g, beta))
+    if state is None:
+        state = q.new_zeros(len(chunks.sizes), *q.shape[1:], v.shape[-1], dtype=torch.float32)
+    parts = [tuple(x[:, h:h + heads] for x in (q, k, v, g, beta, state))
              for h in range(0, q.shape[1], heads)]
     if len(parts) == 1:
         return _rule(*parts[0], chunks)
@@ -86,7 +89,7 @@ def gated_delta_step(q, k, v, g, beta, state):
     return (q[..., None, :] @ state)[..., 0, :]
 
 
-def _rule(q, k, v, g, beta, chunks):
+def _rule(q, k, v, g, beta, state, chunks):
     def cut(x):  # [T, V, ...] -> [C, V, N, ...] float32; what pads a chunk is 0 and changes nothing
         padded = torch.zeros(chunks.total * CHUNK, *x.shape[1:], device=x.device)
         padded = padded.index_copy(0, chunks.place, x.float())
@@ -103,20 +106,21 @@ def _rule(q, k, v, g, beta, chunks):
         (v.shape[-1], k.shape[-1]), dim=-1)
     K = (G[..., -1:] - G).exp()[..., None] * k
     walk = _Walk.apply if triton is not None and q.is_cuda else _walk
-    X, S, final = walk(W, U, K, G[..., -1].exp(), chunks)
+    X, S, final = walk(W, U, K, G[..., -1].exp(), state, chunks)
     O = (G.exp()[..., None] * q) @ S + (fade * (q @ k.mT)) @ X  # [C, V, N, dv]
     return O.transpose(1, 2).flatten(0, 1).index_select(0, chunks.place), final
 
 
-# ---- from chunk to chunk: W [C, V, N, dk], U [C, V, N, dv], K [C, V, N, dk], fade [C, V]
+# ---- from chunk to chunk: W [C, V, N, dk], U [C, V, N, dv], K [C, V, N, dk], fade [C, V],
+# S at each sequence's start [B, V, dk, dv]
 # -> X [C, V, N, dv], S at each chunk's start [C, V, dk, dv], S at each sequence's end
 
 
-def _walk(W, U, K, fade, chunks):
+def _walk(W, U, K, fade, state, chunks):
     """The plain form: step i takes the i-th chunk of all sequences that have one."""
     order = sorted(range(len(chunks.sizes)), key=lambda b: -chunks.sizes[b])
     first = chunks.first[order]
-    S = U.new_zeros(len(order), U.shape[1], W.shape[-1], U.shape[-1])  # longest sequence first
+    S = state[order]  # longest sequence first
     visited, states, corrections, ended = [first[:0]], [S[:0]], [U[:0]], []
     for i in range(max(chunks.sizes, default=0)):
         going = sum(size > i for size in chunks.sizes)
@@ -140,11 +144,11 @@ class _Walk(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, W, U, K, fade, chunks):
+    def forward(ctx, W, U, K, fade, state, chunks):
         W, U, K, fade = (x.contiguous() for x in (W, U, K, fade))
         C, V, _, dk = W.shape
         X, S = torch.empty_like(U), U.new_empty(C, V, dk, U.shape[-1])
-        final = U.new_zeros(len(chunks.sizes), V, dk, U.shape[-1])
+        final = state.contiguous().clone()  # where the walk starts, until it has ended
         _launch(_walk_kernel, chunks, W, K, fade, U, X, S, final)
         ctx.save_for_backward(W, K, fade, X, S)
         ctx.chunks = chunks
@@ -156,7 +160,7 @@ class _Walk(torch.autograd.Function):
         dU, D = torch.empty_like(X), torch.empty_like(S)
         _launch(_walk_back_kernel, ctx.chunks, W, K, fade,
                 *(x.contiguous() for x in (dX, dS, dfinal)), dU, D)
-        return -dU @ S.mT, dU, X @ D.mT, (D * S).sum((-1, -2)), None
+        return -dU @ S.mT, dU, X @ D.mT, (D * S).sum((-1, -2)), None, None
 
 
 if triton is not None:
@@ -172,7 +176,8 @@ if triton is not None:
                      V, dk, dv, N: tl.constexpr, DK: tl.constexpr, BLOCK: tl.constexpr):
         b, h, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BLOCK
         first = tl.load(first_ptr + b)
-        S = tl.zeros((DK, BLOCK), tl.float32)
+        ends, in_ends = _tile(b * V + h, dk, dv, column, DK, BLOCK)
+        S = tl.load(final_ptr + ends, mask=in_ends, other=0.0)
         for i in range(tl.load(count_ptr + b)):
             c = (first + i) * V + h  # int64: offsets may pass 2^31
             keys, in_keys = _tile(c, N, dk, 0, N, DK)
@@ -185,8 +190,7 @@ if triton is not None:
             X = U - tl.dot(W, S, input_precision="ieee")
             tl.store(x_ptr + values, X, mask=in_values)
             S = tl.load(fade_ptr + c) * S + tl.dot(tl.trans(K), X, input_precision="ieee")
-        state, in_state = _tile(b * V + h, dk, dv, column, DK, BLOCK)
-        tl.store(final_ptr + state, S, mask=in_state)
+        tl.store(final_ptr + ends, S, mask=in_ends)
 
     @triton.jit
     def _walk_back_kernel(first_ptr, count_ptr, w_ptr, k_ptr, fade_ptr, dx_ptr, ds_ptr, dfinal_ptr,

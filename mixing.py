@@ -7,16 +7,18 @@ earlier tokens are. Three classes with the same three methods answer that:
     Packed    B whole sequences laid end to end             training, scoring
     Prefill   the same, and what they leave behind goes
               into slots of the cache                       the prompts of the sampler
+    Onward    the next piece of one sequence, of which the
+              cache has the beginning                       a long prompt
     Decode    one new token for each slot                   every further token
 
     attend(q, k, v, memory)            causal softmax attention
     convolve(x, weight, memory)        causal convolution over the last few tokens, per channel
     recall(q, k, v, g, beta, memory)   the gated delta rule (deltanet.py)
 
-`memory` is a layer's part of the Cache. Nothing crosses a boundary between sequences: attention is
-cut there, convolutions see zeros, delta-rule states start at zero. Shapes: T tokens, B sequences,
-A query heads, K key/value heads, D head width; C channels; V heads of dk by dv (deltanet.py);
-S slots.
+`memory` is a layer's part of the Cache, which holds keys and values in pages. Nothing crosses a
+boundary between sequences: attention is cut there, convolutions see zeros, delta-rule states start
+at zero. Shapes: T tokens, B sequences, A query heads, K key/value heads, D head width; C channels;
+V heads of dk by dv (deltanet.py); S slots.
 """
 
 import inspect
@@ -26,6 +28,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from deltanet import Chunks, gated_delta_rule, gated_delta_step
 
@@ -41,6 +44,7 @@ if varlen_attn is not None:
     CAUSAL = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     GROUPED = "enable_gqa" in known
 
+PAGE = {"cpu": 16, "cuda": 64}  # tokens of the cache that are given out together
 LONG, ROUND = 4096, 1024  # tokens: of sequences that run one by one, and what they are rounded to
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
             SDPBackend.MATH]  # the first that can
@@ -113,56 +117,83 @@ class Packed:
 
 
 class Prefill(Packed):
-    """P packed prompts; what prompt[n] leaves behind is written into slot[n] of the cache, n < N.
+    """B packed prompts; what the b-th leaves behind is written into slot[b] of the cache."""
 
-    Several slots may share a prompt, which is then computed once.
-    """
-
-    def __init__(self, cu_seqlens, device, half, prompt, slot):
+    def __init__(self, cu_seqlens, device, half, cache, slot):
         super().__init__(cu_seqlens, device, half)
-        cu_seqlens = self.cu_seqlens
-        lengths = cu_seqlens.diff()[prompt]  # [N]
-        place = torch.arange(int(lengths.sum()), device=cu_seqlens.device)
-        n = torch.arange(len(prompt), device=place.device).repeat_interleave(lengths)
-        self.prompt, self.slot, self.row = prompt, slot, slot[n]
-        self.position = place - (lengths.cumsum(0) - lengths)[n]
-        self.source = cu_seqlens[prompt][n] + self.position  # token of the prompts to copy from
+        self.slot = slot
+        self.page, self.row = cache.places(slot[self.segment], self.positions)
 
     def attend(self, q, k, v, memory):
-        keys, values = memory  # [S, K, max_len, D]
-        keys[self.row, :, self.position] = k[self.source]
-        values[self.row, :, self.position] = v[self.source]
+        for cached, new in zip(memory, (k, v), strict=True):
+            cached[self.page, self.row] = new
         return super().attend(q, k, v)
 
     def convolve(self, x, weight, memory):
         history, _ = memory  # [S, taps - 1, C]
         last = self.cu_seqlens[1:, None] + torch.arange(-history.shape[1], 0, device=x.device)
         there = (last >= self.cu_seqlens[:-1, None])[..., None]  # a short prompt: zeros before it
-        history[self.slot] = torch.where(there, x[last.clamp(min=0)], 0)[self.prompt]
+        history[self.slot] = torch.where(there, x[last.clamp(min=0)], 0)
         return super().convolve(x, weight)
 
     def recall(self, q, k, v, g, beta, memory):
-        o, final = gated_delta_rule(q, k, v, g, beta, self.chunks)
-        memory[1][self.slot] = final[self.prompt]
+        o, memory[1][self.slot] = gated_delta_rule(q, k, v, g, beta, self.chunks)
+        return o
+
+
+class Onward(Packed):
+    """The next T tokens of one sequence, whose first `done` are in a slot of the cache already."""
+
+    def __init__(self, T, device, half, cache, slot, done):
+        super().__init__(torch.tensor([0, T]), device, half)
+        self.slot, self.end = slot, done + T
+        self.positions = self.positions + done
+        self.page, self.row = cache.places(torch.full_like(self.positions, slot), self.positions)
+        self.pages = cache.table[slot, :-(-self.end // cache.page)].long()
+
+    def attend(self, q, k, v, memory):
+        parts = [q.transpose(0, 1)[None]]  # [1, A, T, D]
+        for cached, new in zip(memory, (k, v), strict=True):
+            cached[self.page, self.row] = new
+            whole = cached[self.pages].flatten(0, 1)[:self.end]
+            parts.append(whole.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1)[None])
+        seen = causal_lower_right(len(q), self.end)  # the last token sees all
+        return F.scaled_dot_product_attention(*parts, attn_mask=seen)[0].transpose(0, 1)
+
+    def convolve(self, x, weight, memory):
+        window = torch.cat((memory[0][self.slot], x))  # what came before, instead of zeros
+        memory[0][self.slot] = window[len(x):]
+        return F.conv1d(window.T[None], weight, groups=len(weight))[0].T
+
+    def recall(self, q, k, v, g, beta, memory):
+        state = memory[1][self.slot][None]
+        o, memory[1][self.slot] = gated_delta_rule(q, k, v, g, beta, self.chunks, state)
         return o
 
 
 class Decode:
     """One token for each of the first S slots, `lengths` [S] of whose tokens are cached already."""
 
-    def __init__(self, lengths, longest):
-        self.positions, self.longest = lengths, longest  # [S]; max(lengths) + 1, on the host
-        self.slot = torch.arange(len(lengths), device=lengths.device)
-        # [S, longest]: what a sequence does not have yet
-        self.unseen = torch.arange(longest, device=lengths.device) > lengths[:, None]
+    def __init__(self, lengths, cache):
+        S = len(lengths)
+        self.positions, self.table, self.size = lengths, cache.table[:S], cache.page
+        self.page, self.row = cache.places(torch.arange(S, device=lengths.device), lengths)
 
     def attend(self, q, k, v, memory):
         for cached, new in zip(memory, (k, v), strict=True):
-            cached[self.slot, :, self.positions] = new
-        # [S, K, longest, D]: only that much of the cache is read
-        keys, values = (cached[:len(q), :, :self.longest] for cached in memory)
+            cached[self.page, self.row] = new
+        return self.attend_cached(q, *memory)
+
+    def attend_cached(self, q, keys, values):
+        """q [S, A, D] over all tokens up to the new one: [S, A, D]."""
+        longest = int(self.positions.max()) + 1
+        pages = self.table[:, :-(-longest // self.size)].long()
+        # [S, K, n, D]: only that much of the cache is read
+        keys, values = (x[pages].flatten(1, 2)[:, :longest].transpose(1, 2)
+                        for x in (keys, values))
         grouped = q.unflatten(1, (keys.shape[1], -1))  # a key head's queries: rows of one product
-        bias = q.new_zeros(self.unseen.shape).masked_fill_(self.unseen, float("-inf"))
+        unseen = torch.arange(longest, device=q.device) > self.positions[:, None]
+        bias = q.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
         o = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias[:, None, None])
         return o.flatten(1, 2)
 
@@ -220,38 +251,104 @@ def _one_by_one(q, k, v, sizes):
 
 
 class Cache:
-    """What S slots remember, a slot holding one growing sequence. `layers` has a pair a layer:
-    keys and values [S, K, max_len, D], or for DeltaNet the last inputs of the convolution
-    [S, taps - 1, C] and the state [S, V, dk, dv], which do not grow.
+    """What S slots remember, a slot holding one growing sequence. `layers` has a pair a layer.
+
+    Attention: keys and values, [pages, page, K, D]. Row s of `table` [S, n] names the pages of slot
+    s, in order; so memory is taken as sequences grow, and samples of one prompt share the pages
+    that it fills. Page 0 belongs to nobody: slots without a sequence point there.
+    DeltaNet: the last inputs of the convolution [S, taps - 1, C] and the state [S, V, dk, dv],
+    which do not grow.
     """
 
-    def __init__(self, model, slots, max_len):
-        like = model.model.embed_tokens.weight
-        self.linear = model.config.linear
-        self.layers = [
-            tuple(torch.zeros(slots, *shape, dtype=dtype or like.dtype, device=like.device)
-                  for shape, dtype in pair) for pair in self._shapes(model.config, max_len)]
+    def __init__(self, model, slots, max_len, pages=0):
+        """`pages`: of all slots; 0: as many as sequences of max_len can ever need."""
+        like, c = model.model.embed_tokens.weight, model.config
+        self.page = PAGE[like.device.type]
+        most = -(-max_len // self.page)
+        pages = pages or slots * most
+        self.linear = c.linear
+        self.layers = [tuple(
+            torch.zeros(*shape, dtype=dtype or like.dtype, device=like.device)
+            for shape, dtype in _shapes(c, kind, slots, pages + 1, self.page)) for kind in c.linear]
+        self.free = list(range(pages, 0, -1))
+        self.users = [0] * (pages + 1)
+        self.held = [[] for _ in range(slots)]  # pages of each slot
+        self.host = torch.zeros(slots, most, dtype=torch.int32)
+        self.table, self.changed = self.host.to(like.device, copy=True), False
 
-    @staticmethod
-    def _shapes(c, max_len):
-        kv, d = (c.kv_heads, max_len, c.head_dim), c.delta
-        for linear in c.linear:
-            yield ([((d.taps - 1, d.channels), None),
-                    ((d.v_heads, d.k_dim, d.v_dim), torch.float32)] if linear
-                   else [(kv, None), (kv, None)])
+    def grow(self, slot, length):
+        """Take pages for `length` tokens of a slot; False, and none taken, if too few are free."""
+        held = self.held[slot]
+        needed = -(-length // self.page) - len(held)
+        if needed > len(self.free):
+            return False
+        for _ in range(needed):
+            self._hold(slot, self.free.pop())
+        return True
 
-    @staticmethod
-    def bytes_per_slot(config, max_len, dtype):
-        return sum(math.prod(shape) * (kind or dtype).itemsize
-                   for pair in Cache._shapes(config, max_len) for shape, kind in pair)
-
-    def move(self, source, target, length):
-        """Copy the first `length` positions of slots `source` to slots `target`
-        (lists of equal length).
+    def share(self, source, target, length):
+        """Let slot `target` have what the first `length` tokens left in slot `source`: their full
+        pages and a copy of the rest, for which it must have room. False if there is none.
         """
+        full, rest = divmod(length, self.page)
+        if rest and not self.free:
+            return False
+        for page in self.held[source][:full]:
+            self._hold(target, page)
+        self.grow(target, length)
         for pair, linear in zip(self.layers, self.linear, strict=True):
             for x in pair:
                 if linear:
                     x[target] = x[source]
-                else:
-                    x[target, :, :length] = x[source, :, :length]
+                elif rest:
+                    x[self.held[target][full]] = x[self.held[source][full]]
+        return True
+
+    def release(self, slot):
+        for page in self.held[slot]:
+            self.users[page] -= 1
+            if not self.users[page]:
+                self.free.append(page)
+        self.held[slot] = []
+        self.host[slot] = 0
+        self.changed = True
+
+    def move(self, source, target):
+        """Let slot `target`, which is released, have the sequence of slot `source`."""
+        self.held[source], self.held[target] = self.held[target], self.held[source]
+        self.host[target], self.changed = self.host[source], True
+        self.host[source] = 0
+        for pair, linear in zip(self.layers, self.linear, strict=True):
+            for x in pair if linear else ():
+                x[target] = x[source]
+
+    def sync(self):
+        """Tell the device which pages slots have now."""
+        if self.changed:
+            self.table.copy_(self.host)
+            self.changed = False
+
+    def places(self, slot, position):
+        """(page, row in it) of tokens: slot, position [T] -> [T], [T]."""
+        return self.table[slot, position // self.page].long(), position % self.page
+
+    def _hold(self, slot, page):
+        self.host[slot, len(self.held[slot])] = page
+        self.held[slot].append(page)
+        self.users[page] += 1
+        self.changed = True
+
+    @staticmethod
+    def bytes(config, slots, tokens, dtype):
+        """Of so many slots with pages for so many tokens in all."""
+        return sum(math.prod(shape) * (kind or dtype).itemsize for linear in config.linear
+                   for shape, kind in _shapes(config, linear, slots, tokens, 1))
+
+
+def _shapes(c, linear, slots, pages, page):
+    """((shape, dtype or the weights'), ...) of the two tensors of a layer."""
+    if linear:
+        d = c.delta
+        return (((slots, d.taps - 1, d.channels), None),
+                ((slots, d.v_heads, d.k_dim, d.v_dim), torch.float32))
+    return (((pages, page, c.kv_heads, c.head_dim), None),) * 2

@@ -50,7 +50,7 @@ import durable
 import hf
 from hf import Tokenizer as Tokenizer  # part of a model, for those who import this file
 from kernels import linear_logp
-from mixing import Decode, Packed, Prefill
+from mixing import Decode, Onward, Packed, Prefill
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
                  "Qwen3ForCausalLM": "qwen3", "Qwen3_5ForCausalLM": "qwen3_5",
@@ -254,6 +254,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=c.o_bias)
+        self.qk_norm = c.qk_norm
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.eps, c.zero_centred) for _ in "qk")
         else:
@@ -429,10 +430,14 @@ class Transformer(nn.Module):
     def device(self):
         return self.model.norm.weight.device
 
+    def angles(self, positions):
+        """Cosine and sine of the rotary embedding at positions [T]: [T, 1, R/2] float32."""
+        angle = positions[:, None, None].float() * _frequencies(self.config, positions.device)
+        return angle.cos(), angle.sin()
+
     def _run(self, tokens, mix, cache=None):
         """`mix` is what training, prefill and decoding differ in."""
-        angle = mix.positions[:, None, None].float() * _frequencies(self.config, tokens.device)
-        cos, sin = angle.cos(), angle.sin()  # [T, 1, R/2]
+        cos, sin = self.angles(mix.positions)
         x = self.model.embed_tokens(tokens)  # [T, H]
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, mix, cache and cache.layers[i])
@@ -483,22 +488,28 @@ class Transformer(nn.Module):
     # ---- with a cache, for the sampler
 
     @torch.no_grad()
-    def prefill(self, tokens, cu_seqlens, cache, prompt, slot):
-        """Run P packed prompts and write what they leave behind, prompt[n] into slot[n] of the
-        cache, n < N. Returns the hidden state of each prompt's last token, [P, H].
+    def prefill(self, tokens, cu_seqlens, cache, slot):
+        """Run B packed prompts and write what they leave behind into slots [B] of the cache.
+        Returns the hidden state of each prompt's last token, [B, H].
         """
-        mix = Prefill(*self._check(tokens, cu_seqlens), prompt, slot)
+        mix = Prefill(*self._check(tokens, cu_seqlens), cache, slot)
         return self._run(tokens.long(), mix, cache)[mix.cu_seqlens[1:] - 1]
 
     @torch.no_grad()
-    def decode(self, tokens, lengths, cache, longest):
+    def go_on(self, tokens, cache, slot, done):
+        """The same for the next tokens [T] of one sequence, `done` of which a slot has already:
+        [1, H].
+        """
+        half = self._check(tokens, torch.tensor([0, len(tokens)]))[2]
+        mix = Onward(len(tokens), tokens.device, half, cache, slot, done)
+        return self._run(tokens.long(), mix, cache)[-1:]
+
+    @torch.no_grad()
+    def decode(self, tokens, lengths, cache):
         """One more token for each of the first S slots:
         tokens [S], lengths [S] tokens already cached -> hidden [S, H].
-
-        `longest` is max(lengths) + 1, known on the host, so that only that much of the cache
-        is read.
         """
-        return self._run(tokens, Decode(lengths, longest), cache)
+        return self._run(tokens, Decode(lengths, cache), cache)
 
 
 @lru_cache(maxsize=8)

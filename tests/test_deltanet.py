@@ -209,10 +209,10 @@ def test_remembers(form):
 # ---------------------------------------------------------------- from chunk to chunk
 
 
-def walked(walk, tensors, lengths, upstream):
+def walked(walk, tensors, start, lengths, upstream):
     """X, S, final and the gradients of W, U, K and fade; no gradient flows into what is None."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    out = walk(*leaves, chunks_of(lengths))
+    out = walk(*leaves, start, chunks_of(lengths))
     loss = sum((o * u).sum() for o, u in zip(out, upstream, strict=True) if u is not None)
     if loss.requires_grad:  # states that no chunk has changed are constants
         loss.backward()
@@ -236,14 +236,15 @@ def test_walk(lengths, used):
         for width, size in ((dk, 0.05), (dv, 1.0), (dk, 0.05))
     )
     tensors = W, U, K, torch.rand(C, V, device=DEVICE)
+    start = torch.randn(B, V, dk, dv, device=DEVICE)
     shapes = {"X": (C, V, CHUNK, dv), "S": (C, V, dk, dv), "final": (B, V, dk, dv)}
     upstream = [
         torch.randn(shape, device=DEVICE) if name in used.split() else None
         for name, shape in shapes.items()
     ]
-    want = walked(deltanet._walk, [x.double() for x in tensors], lengths, upstream)
+    want = walked(deltanet._walk, [x.double() for x in tensors], start.double(), lengths, upstream)
     for walk in (deltanet._walk, deltanet._Walk.apply):
-        got = walked(walk, tensors, lengths, upstream)
+        got = walked(walk, tensors, start, lengths, upstream)
         for x, y in zip(got, want, strict=True):
             assert x.shape == y.shape
             if y.numel():

@@ -163,27 +163,38 @@ class Slots:
                 x.fill_(1e4)
 
     def prefill(self, prompts, prompt, slot):
+        """Into the first slot of each prompt; the others share it."""
         tokens, cu_seqlens = torch.cat(prompts), boundaries([len(p) for p in prompts])
-        args = torch.tensor(prompt), torch.tensor(slot)
-        got = self.network.prefill(tokens, cu_seqlens, self.cache, *args)
+        first = [slot[prompt.index(p)] for p in range(len(prompts))]
+        for s in slot:
+            self.cache.release(s)
+        for p, s in enumerate(first):
+            assert self.cache.grow(s, len(prompts[p]))
+        self.cache.sync()
+        got = self.network.prefill(tokens, cu_seqlens, self.cache, torch.tensor(first))
         assert_near(got, torch.stack([last(self.network, p) for p in prompts]), 1e-4)
         for p, s in zip(prompt, slot, strict=True):
             self.texts[s] = prompts[p]
+            if s != first[p]:
+                assert self.cache.share(first[p], s, len(prompts[p]))
 
     def decode(self, count, steps=1):
         """New tokens for the first `count` slots, other ones in each."""
         for _ in range(steps):
             lengths = torch.tensor([len(t) for t in self.texts[:count]])
             new = (torch.randint(64, ()) + torch.arange(count)) % 64
-            got = self.network.decode(new, lengths, self.cache, int(lengths.max()) + 1)
+            for s in range(count):
+                assert self.cache.grow(s, len(self.texts[s]) + 1)
+            self.cache.sync()
+            got = self.network.decode(new, lengths, self.cache)
             for s in range(count):
                 self.texts[s] = torch.cat((self.texts[s], new[s : s + 1]))
                 assert_near(got[s], last(self.network, self.texts[s]), 1e-4)
 
     def move(self, source, target):
-        longest = max(len(self.texts[s]) for s in source)
-        self.cache.move(source, target, longest)
         for s, t in zip(source, target, strict=True):
+            self.cache.release(t)
+            self.cache.move(s, t)
             self.texts[t] = self.texts[s]
 
 
@@ -232,46 +243,95 @@ def test_reused_slots(network):
     slots.decode(1, steps=2)
 
 
+def four_slots(network):
+    """A cache of four slots, all with a page, full of noise; and what it holds."""
+    cache = mixing.Cache(network, 4, 16)
+    assert all(cache.grow(s, 5) for s in range(4))
+    cache.sync()
+    return cache, [[x.normal_().clone() for x in pair] for pair in cache.layers]
+
+
+def rows(cache, linear, slots):
+    """Where a layer keeps what is of these slots: themselves, or their pages."""
+    return slots if linear else [cache.held[s][0] for s in slots]
+
+
 def test_prefill_touches_only_its_slots(network):
     """Prompts arrive while other slots are in the middle of a sequence."""
-    cache = mixing.Cache(network, 4, 16)
-    for pair in cache.layers:
-        for x in pair:
-            x.normal_()
-    before = [[x.clone() for x in pair] for pair in cache.layers]
-    tokens, prompt, slot = torch.randint(64, (8,)), torch.tensor([1, 0]), torch.tensor([3, 1])
-    network.prefill(tokens, boundaries([5, 3]), cache, prompt, slot)
+    cache, before = four_slots(network)
+    network.prefill(torch.randint(64, (8,)), boundaries([5, 3]), cache, torch.tensor([1, 3]))
     for linear, old, new in zip(network.config.linear, before, cache.layers, strict=True):
+        others, (one, three) = rows(cache, linear, [0, 2]), rows(cache, linear, [1, 3])
         for x, y in zip(old, new, strict=True):
-            assert torch.equal(x[[0, 2]], y[[0, 2]])
-            assert not torch.equal(x[1], y[1]) and not torch.equal(x[3], y[3])
+            assert torch.equal(x[others], y[others])
+            assert not torch.equal(x[one], y[one]) and not torch.equal(x[three], y[three])
             if not linear:  # nor positions beyond the prompt's end
-                assert torch.equal(x[3, :, 3:], y[3, :, 3:])
-                assert torch.equal(x[1, :, 5:], y[1, :, 5:])
+                assert torch.equal(x[three, 3:], y[three, 3:])
+                assert torch.equal(x[one, 5:], y[one, 5:])
 
 
 def test_decode_touches_only_its_slots(network):
     """Slots beyond the first S are finished or wait for a prompt."""
-    cache = mixing.Cache(network, 4, 16)
-    before = [[x.normal_().clone() for x in pair] for pair in cache.layers]
-    network.decode(torch.tensor([3, 7]), torch.tensor([2, 5]), cache, 6)
-    for old, new in zip(before, cache.layers, strict=True):
+    cache, before = four_slots(network)
+    network.decode(torch.tensor([3, 7]), torch.tensor([2, 5]), cache)
+    for linear, old, new in zip(network.config.linear, before, cache.layers, strict=True):
+        own, others = rows(cache, linear, [0, 1]), rows(cache, linear, [2, 3])
         for x, y in zip(old, new, strict=True):
-            assert torch.equal(x[2:], y[2:]) and not torch.equal(x[:2], y[:2])
+            assert torch.equal(x[others], y[others]) and not torch.equal(x[own], y[own])
+
+
+@pytest.mark.parametrize("piece", [1, 3, 16, 40, 64, 100])
+def test_long_prompts_in_pieces(network, piece):
+    """A prompt that runs piece by piece leaves behind what it leaves in one, in every layer."""
+    prompt = torch.randint(64, (150,))
+    whole, parts = (mixing.Cache(network, 2, 160) for _ in range(2))
+    for cache in (whole, parts):
+        assert cache.grow(1, 150)
+        cache.sync()
+    want = network.prefill(prompt, boundaries([150]), whole, torch.tensor([1]))
+    hidden = network.prefill(prompt[:piece], boundaries([piece]), parts, torch.tensor([1]))
+    for done in range(piece, 150, piece):
+        hidden = network.go_on(prompt[done:done + piece], parts, 1, done)
+    assert_near(hidden, want, 1e-4)
+    for a, b in zip(parts.layers, whole.layers, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert_near(x, y, 1e-4)
+
+
+def test_pages():
+    """Who holds which page: taken as sequences grow, shared where a prompt fills them, given back
+    by the last who leaves, and never more than there are."""
+    network = build(linear=(False,) * 4)
+    cache = mixing.Cache(network, 3, 80, pages=6)
+    assert cache.grow(0, 40) and len(cache.held[0]) == 3 and 0 not in cache.held[0]
+    assert cache.share(0, 1, 40)  # two full pages shared, the third copied
+    assert cache.held[1][:2] == cache.held[0][:2] and cache.held[1][2] not in cache.held[0]
+    assert len(cache.free) == 2 and not cache.grow(2, 48) and cache.held[2] == []
+    assert cache.grow(2, 32) and not cache.grow(0, 49) and cache.grow(0, 48)
+    cache.release(0)
+    assert len(cache.free) == 1  # its third page; the others are still slot 1's
+    cache.move(1, 0)
+    assert len(cache.held[0]) == 3 and cache.held[1] == []
+    cache.sync()
+    assert cache.table[0, :3].tolist() == cache.held[0] and not cache.table[1].any()
+    cache.release(0)
+    cache.release(2)
+    assert sorted(cache.free) == [1, 2, 3, 4, 5, 6] and not any(cache.users)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["qwen3.5", "attention only", "DeltaNet only"])
-def test_bytes_per_slot(kind, dtype):
-    """The sampler fits its slots into memory by this figure: it must be what is allocated."""
+def test_bytes(kind, dtype):
+    """The sampler fits its pages into memory by this figure: it must be what is allocated."""
     attention = {"qwen3.5": [3], "attention only": range(4), "DeltaNet only": []}[kind]
     linear = tuple(i not in attention for i in range(4))
     network = build(linear=linear).to(dtype)
     for slots, max_len in ((1, 1), (3, 50)):
         cache = mixing.Cache(network, slots, max_len)
+        tokens = (slots * -(-max_len // cache.page) + 1) * cache.page
         allocated = sum(x.nbytes for pair in cache.layers for x in pair)
         stored = sum(x.untyped_storage().nbytes() for pair in cache.layers for x in pair)
-        want = slots * mixing.Cache.bytes_per_slot(network.config, max_len, dtype)
+        want = mixing.Cache.bytes(network.config, slots, tokens, dtype)
         assert allocated == stored == want
     states = [pair[1] for pair, delta in zip(cache.layers, linear, strict=True) if delta]
     assert all(state.dtype == torch.float32 for state in states)  # sums of hundreds of tokens

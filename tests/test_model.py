@@ -363,17 +363,21 @@ def test_logp_alignment(network):
 def test_cached_decoding(network):
     """Prompts shared by scattered slots, decoding, moved and reused slots: all equal to the whole
     forward pass."""
-    prompts, prompt = sequences(64, [3, 7, 1]), torch.tensor([0, 0, 1, 2, 1])
-    slot, steps, S = torch.tensor([4, 0, 2, 1, 3]), 6, 5
-    cache = mixing.Cache(network, S, 16)
-    hidden = network.prefill(*pack(prompts), cache, prompt, slot)
+    prompts, steps, S = sequences(64, [3, 17, 1]), 16, 5
+    cache = mixing.Cache(network, S, 48)
+    assert all(cache.grow(s, len(p)) for s, p in zip([4, 2, 1], prompts, strict=True))
+    cache.sync()
+    hidden = network.prefill(*pack(prompts), cache, torch.tensor([4, 2, 1]))
     assert_near(hidden, torch.stack([network(*pack([p]))[-1] for p in prompts]))
-    texts = [prompts[prompt[slot.tolist().index(s)]] for s in range(S)]  # what each slot holds
+    assert cache.share(4, 0, 3) and cache.share(2, 3, 17)
+    texts = [prompts[p] for p in (0, 2, 1, 1, 0)]  # what each slot holds
 
     def step(texts):
         new = torch.randint(64, (len(texts),))
         lengths = torch.tensor([len(t) for t in texts])
-        hidden = network.decode(new, lengths, cache, int(lengths.max()) + 1)
+        assert all(cache.grow(s, len(t) + 1) for s, t in enumerate(texts))
+        cache.sync()
+        hidden = network.decode(new, lengths, cache)
         texts = [torch.cat((t, new[i : i + 1])) for i, t in enumerate(texts)]
         for mine, text in zip(hidden, texts, strict=True):
             assert_near(mine, network(*pack([text]))[-1])
@@ -381,16 +385,17 @@ def test_cached_decoding(network):
 
     for _ in range(steps):
         texts = step(texts)
-    cache.move(
-        [4, 3], [0, 2], max(len(t) for t in texts)
-    )  # slots 0 and 2 are finished: the last two take their place
+    for source, target in ((4, 0), (3, 2)):  # 0 and 2 are finished: the last take their place
+        cache.release(target)
+        cache.move(source, target)
     texts = [texts[4], texts[1], texts[3]]
     for _ in range(2):
         texts = step(texts)
-    late = torch.randint(
-        64, (4,)
-    )  # and a new prompt takes a used slot, whose old keys lie beyond its end
-    network.prefill(*pack([late]), cache, torch.tensor([0]), torch.tensor([1]))
+    late = torch.randint(64, (4,))  # and a new prompt takes a used slot and its pages
+    cache.release(1)
+    assert cache.grow(1, 4)
+    cache.sync()
+    network.prefill(*pack([late]), cache, torch.tensor([1]))
     step([texts[0], late, texts[2]])
 
 
@@ -1049,7 +1054,9 @@ def assert_same_function(mine, theirs, vocab):
     parts, starts, want = parts[2:], [66, 1, 127], want.detach().split(LONG)[2:]
     cache, slot = mixing.Cache(mine, 3, 144), torch.tensor([2, 0, 1])
     prompts = [part[:n] for part, n in zip(parts, starts, strict=True)]
-    hidden = mine.prefill(*pack(prompts), cache, torch.arange(3), slot)
+    assert all(cache.grow(s, 144) for s in range(3))
+    cache.sync()
+    hidden = mine.prefill(*pack(prompts), cache, slot)
     for i in range(3):
         got = hidden @ mine.head.T if i == 0 else (hidden @ mine.head.T)[slot]
         for row, n, logit in zip(got, starts, want, strict=True):
@@ -1059,7 +1066,7 @@ def assert_same_function(mine, theirs, vocab):
         new = torch.stack([part[t] for part, t in zip(parts, places, strict=True)])
         order = slot.argsort()
         lengths = torch.tensor(starts)[order] + i
-        hidden = mine.decode(new[order], lengths, cache, int(lengths.max()) + 1)
+        hidden = mine.decode(new[order], lengths, cache)
 
 
 def test_parity(tmp_path, theirs):
