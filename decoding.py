@@ -43,6 +43,8 @@ def fuse(model):
     """Lay weights that multiply the same input end to end, every parameter a view of its part."""
     for block in model.model.layers:
         mlp = block.mlp
+        if hasattr(mlp, "joined"):
+            continue
         mlp.joined = _join(mlp.gate_proj, mlp.up_proj)
         if block.mixer == "self_attn":
             a = block.self_attn

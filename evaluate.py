@@ -43,6 +43,7 @@ import durable
 import hf
 import judge
 import memory
+import mixing
 import model as models
 import options
 import problems
@@ -314,16 +315,17 @@ def measure(path, cfg, ranks, jobs, title, tell):
             lacking = torch.tensor(int(not mine.complete))
             dist.all_reduce(lacking)
             if lacking:
-                slots = cfg.slots or sample.default_slots(
-                    load(), j.prompts, j.task.max_new_tokens, max(1, len(mine.mine) * s.n))
+                slots, pages = sample.capacity(load(), j.prompts, j.task.max_new_tokens,
+                                               max(1, len(mine.mine) * s.n), cfg.slots)
                 if tell:
-                    ranks.print(bound(cfg, policy[0].config, jobs, slots, ranks.device))
+                    ranks.print(bound(cfg, policy[0].config, jobs, slots, pages, ranks.device))
                     tell = False
                 if ranks.rank == 0:
                     durable.write_text(j.folder[name] / "settings.json", json.dumps({
                         "policy": title, "path": str(path), "benchmark": j.task.name,
                         "sampling": asdict(s), "problems": [r["id"] for r in j.task.rows]}))
-                mine.draw(load(), j.prompts, s, seed=cfg.seed, slots=slots, tokenizer=tokenizer,
+                mine.draw(load(), j.prompts, s, seed=cfg.seed, slots=slots, pages=pages,
+                          tokenizer=tokenizer,
                           stop_tokens=cfg.stop_tokens, stop_strings=cfg.stop_strings)
                 dist.barrier()
     for j in jobs:
@@ -351,7 +353,7 @@ def measure(path, cfg, ranks, jobs, title, tell):
     dist.barrier()
 
 
-def bound(cfg, config, jobs, slots, device):
+def bound(cfg, config, jobs, slots, pages, device):
     """The most memory that sampling and scoring take, as text."""
     parts, host = [], 0
     for j in jobs:
@@ -360,7 +362,8 @@ def bound(cfg, config, jobs, slots, device):
         most = min(slots, len(j.prompts) * max(s.n for s in j.sampling.values()))
         pack = max(cfg.max_tokens, length)
         both = divergence.together(config, pack, device)
-        parts += [memory.sampling(config, most, length, longest, device=device.type),
+        parts += [memory.sampling(config, most, length, longest, device=device.type,
+                                  tokens=pages * mixing.PAGE[device.type]),
                   memory.scoring(config, pack, device=device.type, both=both)]
         host = max(host, 0 if both else divergence.WAITING + 2 * pack * config.hidden)
     return memory.text(max(parts, key=lambda part: part["peak"])) + (

@@ -34,7 +34,7 @@ from deltanet import TOKEN_HEADS
 from kernels import SLICE_ELEMENTS
 
 GIB = 2**30
-PREFILL = 16384  # tokens of the prompts that the sampler runs at a time; one prompt may be longer
+PREFILL = 16384  # tokens of prompts that the sampler runs at a time; longer ones go in pieces
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,17 @@ def training(config, tokens, ranks, *, device="cuda", batch=0, step=0, recompute
     return with_peak(parts, max(parts["block"] + resident, parts["head"]))
 
 
-def sampling(config, slots, length, prompt, *, device="cuda"):
+def sampling(config, slots, length, prompt, *, device="cuda", tokens=0):
     """Bytes while `slots` sequences of up to `length` tokens are sampled; `prompt`: tokens of the
-    longest prompt, part of the length.
+    longest prompt, part of the length; `tokens`: of all of them together that the cache has room
+    for (0: each its longest).
     """
-    d, total = DEVICES[device], weights(config)[0]
+    d, total, page = DEVICES[device], weights(config)[0], mixing.PAGE[device]
     dtype = {2: torch.bfloat16, 4: torch.float32}[d.width]
     parts = {"weights": d.width * total,
-             "cache": slots * mixing.Cache.bytes_per_slot(config, length, dtype),
-             "prefill": forward(config, max(prompt, min(PREFILL, slots * prompt)), d.width),
+             "cache": mixing.Cache.bytes(
+                 config, slots, page + (tokens or slots * -(-length // page) * page), dtype),
+             "prefill": forward(config, min(PREFILL, max(length, slots * prompt)), d.width),
              "draw": 64 * slots * config.vocab + forward(config, slots, d.width),
              "reserve": d.reserve}
     return with_peak(parts, max(parts["prefill"], parts["draw"]))

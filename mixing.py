@@ -25,6 +25,7 @@ import inspect
 import math
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -187,10 +188,10 @@ class Decode:
     def attend_cached(self, q, keys, values):
         """q [S, A, D] over all tokens up to the new one: [S, A, D]."""
         longest = int(self.positions.max()) + 1
-        pages = self.table[:, :-(-longest // self.size)].long()
+        pages = self.table[:, :-(-longest // self.size)].flatten()
         # [S, K, n, D]: only that much of the cache is read
-        keys, values = (x[pages].flatten(1, 2)[:, :longest].transpose(1, 2)
-                        for x in (keys, values))
+        keys, values = (x.index_select(0, pages).view(len(q), -1, *x.shape[2:])[:, :longest]
+                        .transpose(1, 2) for x in (keys, values))
         grouped = q.unflatten(1, (keys.shape[1], -1))  # a key head's queries: rows of one product
         unseen = torch.arange(longest, device=q.device) > self.positions[:, None]
         bias = q.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
@@ -273,8 +274,8 @@ class Cache:
         self.free = list(range(pages, 0, -1))
         self.users = [0] * (pages + 1)
         self.held = [[] for _ in range(slots)]  # pages of each slot
-        self.host = torch.zeros(slots, most, dtype=torch.int32)
-        self.table, self.changed = self.host.to(like.device, copy=True), False
+        self.host = np.zeros((slots, most), dtype=np.int32)
+        self.table, self.changed = torch.tensor(self.host, device=like.device), False
 
     def grow(self, slot, length):
         """Take pages for `length` tokens of a slot; False, and none taken, if too few are free."""
@@ -286,23 +287,30 @@ class Cache:
             self._hold(slot, self.free.pop())
         return True
 
+    def room(self, slot):
+        """Tokens for which a slot has pages."""
+        return len(self.held[slot]) * self.page
+
     def share(self, source, target, length):
-        """Let slot `target` have what the first `length` tokens left in slot `source`: their full
-        pages and a copy of the rest, for which it must have room. False if there is none.
+        """Give empty slot `target` the pages that the first `length` tokens of slot `source` fill,
+        and one of its own for the rest, to be copied; False, and none taken, if none is free.
         """
         full, rest = divmod(length, self.page)
         if rest and not self.free:
             return False
         for page in self.held[source][:full]:
             self._hold(target, page)
-        self.grow(target, length)
+        return self.grow(target, length)
+
+    def copy(self, source, target, length):
+        """Copy what `share` has left to be copied, once slot `source` has it."""
+        full, rest = divmod(length, self.page)
         for pair, linear in zip(self.layers, self.linear, strict=True):
             for x in pair:
                 if linear:
                     x[target] = x[source]
                 elif rest:
                     x[self.held[target][full]] = x[self.held[source][full]]
-        return True
 
     def release(self, slot):
         for page in self.held[slot]:
@@ -325,7 +333,7 @@ class Cache:
     def sync(self):
         """Tell the device which pages slots have now."""
         if self.changed:
-            self.table.copy_(self.host)
+            self.table.copy_(torch.from_numpy(self.host))
             self.changed = False
 
     def places(self, slot, position):

@@ -97,7 +97,7 @@ def hours(config, cfg, gpus, gpu, response):
         tokens = sum(number * min(response, longest) for number, longest in draws(cfg))
         response = min(response, max(longest for _, longest in draws(cfg)))
         size = 2 * memory.weights(config)[0]
-        slot = mixing.Cache.bytes_per_slot(config, response // 2 + PROMPT, torch.bfloat16)
+        slot = mixing.Cache.bytes(config, 1, response // 2 + PROMPT, torch.bfloat16)
         free = gpu.gigabytes * 1e9 - size - memory.DEVICES["cuda"].reserve
         rate = gpus * (free / slot) / ((size + free) / (0.6 * gpu.bandwidth))  # tokens a second
         return tokens / rate / 3600
@@ -222,7 +222,7 @@ def table(folder, gpus=8):
     """One row of docs/models.md: what a model needs on `gpus` GPUs."""
     config = models.read_config(folder)
     total, _, _ = memory.weights(config)
-    cache = mixing.Cache.bytes_per_slot(config, 32768, torch.bfloat16)
+    cache = mixing.Cache.bytes(config, 1, 32768, torch.bfloat16)
     at = [memory.longest(config, gpus, gpu.gigabytes) for gpu in USUAL]
     return (f"| {Path(folder).name} | {total / 1e9:.2f} | {16 * total / gpus / 1e9:.1f} "
             f"| {memory.training(config, 32768, gpus)['peak'] / 1e9:.0f} "

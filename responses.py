@@ -92,7 +92,8 @@ class Samples:
     def complete(self):
         return len(self.found) == len(self.mine) * self.n
 
-    def draw(self, model, prompts, s, *, seed, slots, tokenizer, stop_tokens=(), stop_strings=()):
+    def draw(self, model, prompts, s, *, seed, slots, pages, tokenizer, stop_tokens=(),
+             stop_strings=()):
         """Draw what is missing; s: the settings of the sampling."""
         self.folder.mkdir(parents=True, exist_ok=True)
         skip = {(place, j) for place, p in enumerate(self.mine) for j in range(self.n)
@@ -102,7 +103,7 @@ class Samples:
             temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p,
             presence_penalty=s.presence_penalty, repetition_penalty=s.repetition_penalty,
             stop=(*tokenizer.stop, *stop_tokens), stop_strings=stop_strings,
-            decode=partial(tokenizer.decode, special=True), seed=seed, slots=slots,
+            decode=partial(tokenizer.decode, special=True), seed=seed, slots=slots, pages=pages,
             ids=self.mine, skip=skip)
         for q, j in tqdm(stream, total=len(self.mine) * self.n - len(skip), unit="seq",
                          disable=self.ranks.rank != 0, leave=False, delay=10, mininterval=5,

@@ -1,16 +1,21 @@
 """sample.py - rollouts: a KV-cache sampler with continuous batching, and the collector of the
 fixed batch.
 
-A slot of the cache holds one growing sequence. Each turn of the loop either fills free slots (the
-prompts that are next in line run once, packed, and their keys and values are copied to a slot for
-each of their samples) or decodes one token for every live slot. A finished sequence leaves, the
+A slot holds one growing sequence; its keys and values lie in pages that it takes as it grows
+(mixing.Cache). Each turn of the loop either fills free slots or decodes some tokens for every live
+slot. A prompt runs once, its samples share what it leaves behind. A finished sequence leaves, the
 last live slot moves into its place, and the next prompt takes the room: the batch stays full until
-the queue is empty.
+the queue is empty. Where pages run out, the youngest sequence waits: it gives its pages back and
+later goes on from the tokens it has.
+
+What a step needs and changes (tokens, lengths, who is done) lives on the device, in `Slots`. On a
+GPU the whole step, from embedding to the drawn token, is one CUDA graph for each batch size, run
+LOOK times before the host looks at what was drawn (decoding.py has its kernels).
 
 Randomness is a function of (seed, prompt id, sample number, position) alone: a token is drawn by
 inverting the cumulative distribution at a hashed uniform number. So a sequence does not depend on
 its neighbours, slots, ranks or on where a run was interrupted (up to rounding: a different batch
-shape may change the last bits of a logit).
+shape may change the last bits of a logit, which on a GPU, in bfloat16, tips a draw now and then).
 
 `logp` of a token is at the sampling temperature and *before* top-k, top-p and min-p: log pi, not
 log of the truncated distribution. Training recomputes it anyway (old_logp); the difference is
@@ -30,8 +35,9 @@ import random
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +45,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import decoding
 import durable
 import hf
 import kernels
@@ -50,6 +57,8 @@ import rollouts
 import runtime
 import sandbox
 from options import key, section
+
+LOOK = {"cpu": 2, "cuda": 8}  # steps between two looks of the host
 
 
 class Sequence(NamedTuple):
@@ -65,66 +74,174 @@ class Sequence(NamedTuple):
 
 def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
              presence_penalty=0.0, repetition_penalty=1.0, stop=(), stop_strings=(), decode=None,
-             seed=0, slots=256, ids=None, progress=False):
+             seed=0, slots=256, pages=0, ids=None, progress=False, watch=None):
     """Sample n responses to each of `prompts` (lists of token ids) -> list of Sequence,
     prompt by prompt.
 
-    temperature 0 is greedy (its logp is at temperature 1). Truncation in this order: top_k (0:
-    off), top_p, min_p (relative to the likeliest token); the likeliest token always stays. Before
-    it, presence_penalty is taken off the logits of tokens that the response has already, and logits
-    of those that it or the prompt has are divided by repetition_penalty (multiplied below 0).
-    `stop` token ids end a response and belong to it, as does what completes one of `stop_strings`,
-    for which decode(tokens) -> text is needed. `ids` identify the prompts to the random numbers
-    (default: their places); `progress` shows a bar. ValueError on an empty prompt.
+    max_new_tokens is one number, or one a prompt. temperature 0 is greedy (its logp is at
+    temperature 1). Truncation in this order: top_k (0: off), top_p, min_p (relative to the
+    likeliest token); the likeliest token always stays. Before it, presence_penalty is taken off the
+    logits of tokens that the response has already, and logits of those that it or the prompt has
+    are divided by repetition_penalty (multiplied below 0). `stop` token ids end a response and
+    belong to it, as does what completes one of `stop_strings`, for which decode(tokens) -> text is
+    needed. `ids` identify the prompts to the random numbers (default: their places). `slots`
+    sequences are decoded at a time in `pages` of the cache (0: enough for all of them at their
+    longest); neither changes a token. `progress` shows a bar; watch(live, waiting) is called
+    before every LOOK steps. ValueError on an empty prompt, or pages too few for one sequence.
     """
     settings = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                     top_k=top_k, min_p=min_p, presence_penalty=presence_penalty,
                     repetition_penalty=repetition_penalty, stop=stop, stop_strings=stop_strings,
-                    decode=decode, seed=seed, slots=slots, ids=ids)
+                    decode=decode, seed=seed, slots=slots, pages=pages, ids=ids, watch=watch)
     drawn = tqdm(stream(model, prompts, **settings), total=len(prompts) * n, unit="seq",
                  disable=not progress, mininterval=5, leave=False, delay=10)
     finished = {(s.prompt, sample): s for s, sample in drawn}
     return [finished[place] for place in sorted(finished)]
 
 
+@dataclass
+class Slots:
+    """What a decode step reads and writes, on the device, a row a slot."""
+
+    token: torch.Tensor    # [S] the last token, not yet in the cache
+    length: torch.Tensor   # [S] tokens in the cache
+    count: torch.Tensor    # [S] tokens of the response
+    limit: torch.Tensor    # [S] that it may have
+    seed: torch.Tensor     # [S]
+    done: torch.Tensor     # [S] bool: nothing more is drawn
+    tokens: torch.Tensor   # [S, LOOK] drawn since the host looked
+    logp: torch.Tensor     # [S, LOOK]
+    column: torch.Tensor   # [1] where the next ones go
+    said: torch.Tensor     # [S, V] bool: tokens of the response, [S, 0] where nothing asks
+    prompted: torch.Tensor  # [S, V] bool: of the prompt
+
+    @classmethod
+    def empty(cls, slots, V, look, device):
+        def rows(*shape, dtype=torch.long):
+            return torch.zeros(slots, *shape, dtype=dtype, device=device)
+
+        return cls(*(rows() for _ in range(5)), rows(dtype=torch.bool) | True, rows(look),
+                   rows(look, dtype=torch.float32), torch.zeros(1, dtype=torch.long, device=device),
+                   rows(V, dtype=torch.bool), rows(V, dtype=torch.bool))
+
+    def move(self, source, target):
+        """Rows `source` take the places of rows `target` (lists)."""
+        for field in fields(self):
+            if field.name != "column":
+                column = getattr(self, field.name)
+                column[target] = column[source]
+
+
 @torch.no_grad()
 def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed,
-           slots, presence_penalty=0.0, repetition_penalty=1.0, stop_strings=(), decode=None,
-           ids=None, skip=frozenset(), feed=None):
+           slots, pages=0, presence_penalty=0.0, repetition_penalty=1.0, stop_strings=(),
+           decode=None, ids=None, skip=frozenset(), feed=None, watch=None):
     """`generate`, yielding (Sequence, sample number) as they finish, without those that `skip`
     names as (prompt, sample number). With `feed` not all prompts: whenever slots are free,
     feed() -> [(prompt, sample number)] says what comes next, None that nothing does.
     """
+    limits = ([max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int)
+              else list(max_new_tokens))
     if empty := [i for i, p in enumerate(prompts) if not len(p)]:
         raise ValueError(f"prompt {empty[0]} is empty")
-    if (max_new_tokens < 1 or n < 1 or not 0 <= temperature < float("inf")
+    if len(limits) != len(prompts):
+        raise ValueError(f"{len(limits)} max_new_tokens for {len(prompts)} prompts")
+    if (min(limits, default=1) < 1 or n < 1 or not 0 <= temperature < float("inf")
             or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1
             or not abs(presence_penalty) < float("inf")
             or not 0 < repetition_penalty < float("inf")):
         raise ValueError(
             "sampling needs max_new_tokens >= 1, n >= 1, temperature >= 0, 0 < top_p <= 1, "
             "top_k >= 0, 0 <= min_p <= 1, a finite presence_penalty, repetition_penalty > 0; "
-            f"got {max_new_tokens}, {n}, {temperature}, {top_p}, {top_k}, {min_p}, "
+            f"got {min(limits, default=1)}, {n}, {temperature}, {top_p}, {top_k}, {min_p}, "
             f"{presence_penalty}, {repetition_penalty}")
     if stop_strings and (not decode or not all(stop_strings)):
         raise ValueError("stop_strings must not be empty, and need `decode`")
     device, stop = model.device, frozenset(stop)
-    penalties = presence_penalty or repetition_penalty != 1.0
     ids = range(len(prompts)) if ids is None else ids
-    queue = deque()
+    queue, begun = deque(), {}  # begun: (prompt, sample number) -> row, of sequences that wait
     if feed is None:
         queue.extend((p, sample) for p in range(len(prompts)) for sample in range(n)
                      if (p, sample) not in skip)
         if not queue:
             return
         slots = min(slots, len(queue))
-    cache = mixing.Cache(model, slots, max(map(len, prompts)) + max_new_tokens)
+    longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+    cache = mixing.Cache(model, slots, longest, pages)
+    if not 0 < -(-longest // cache.page) <= len(cache.free):
+        raise ValueError(f"{len(cache.free)} pages of {cache.page} tokens do not hold one sequence "
+                         f"of {longest}")
+    penalties = presence_penalty or repetition_penalty != 1.0
+    look = LOOK[device.type]
+    state = Slots.empty(slots, len(model.head) if penalties else 0, look, device)
+    stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     live = []  # one dict a slot, slots 0 .. len(live) - 1
-    said = prompted = None  # tokens of each slot's response and prompt, [slots, V]
-    if penalties:
-        said, prompted = (torch.zeros(slots, len(model.head), dtype=torch.bool, device=device)
-                          for _ in range(2))
 
+    def draw(hidden, rows):
+        """Draw the next token of `rows` (a slice of the slots) from their hidden states [S, H]."""
+        logits = kernels.logits(hidden, model.head)  # [S, V] float32
+        uniform = _uniform(state.seed[rows], state.count[rows])
+        if device.type == "cuda" and not (penalties or top_p < 1 or top_k or min_p):
+            tokens, logp = decoding.draw(logits, uniform, temperature)
+        else:
+            tokens, logp = pick(
+                logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+                penalised=penalise(logits, state.said[rows], state.prompted[rows],
+                                   presence_penalty, repetition_penalty) if penalties else None)
+        going = ~state.done[rows]
+        if penalties:
+            state.said[rows].scatter_(1, tokens[:, None], True)
+        state.token[rows] = torch.where(going, tokens, state.token[rows])
+        state.tokens[rows].index_copy_(1, state.column, tokens[:, None])
+        state.logp[rows].index_copy_(1, state.column, logp[:, None])
+        state.count[rows] += going
+        state.done[rows] |= (state.count[rows] >= state.limit[rows]) | (
+            tokens[:, None] == stops).any(1)
+
+    def step(S):
+        """A token for each of the first S slots that are not done; all of it on the device."""
+        rows = slice(0, S)
+        one_more = decoding.forward if device.type == "cuda" else type(model).decode
+        hidden = one_more(model, state.token[rows], state.length[rows], cache)
+        state.length[rows] += ~state.done[rows]
+        draw(hidden, rows)
+        state.column += 1
+
+    def collect(rows, at, steps):
+        """Take over what was drawn for `rows`, from slot `at` on, in so many steps."""
+        here = slice(at, at + len(rows))
+        drawn, logps = state.tokens[here, :steps].tolist(), state.logp[here, :steps].tolist()
+        counts = state.count[here].tolist()
+        for row, tokens, logp, count in zip(rows, drawn, logps, counts, strict=True):
+            new = count - len(row["tokens"])
+            row["tokens"] += tokens[:new]
+            row["logp"] += logp[:new]
+            row["stopped"] = row["tokens"][-1] in stop
+            for end in range(count - new + 1, count + 1) if stop_strings else ():
+                if completes(row["tokens"][:end], stop_strings, decode):
+                    row["stopped"] = True  # the device does not know, and has gone on
+                    del row["tokens"][end:], row["logp"][end:]
+                    break
+        state.column.zero_()
+
+    def leave(gone):
+        """Free the slots `gone`; the last live ones move into their places."""
+        for i in gone:
+            cache.release(i)
+        gone, left = set(gone), len(live) - len(gone)
+        source, target = ([i for i in range(left, len(live)) if i not in gone],
+                          [i for i in gone if i < left])
+        for a, b in zip(source, target, strict=True):
+            cache.move(a, b)
+            live[b] = live[a]
+        if source:
+            state.move(source, target)
+        state.done[left:], state.length[left:] = True, 0
+        del live[left:]
+
+    if device.type == "cuda":
+        decoding.fuse(model)
+        step = recorded(step)
     while True:
         room = slots - len(live)
         while feed and len(queue) < room:
@@ -135,85 +252,168 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
         if not queue and not live:
             return
         # few, large prefills
+        new = []
         if queue and (not live or room >= min(len(queue), max(slots // 8, 1))):
-            new = next_in_line(queue, room, [len(prompt) for prompt in prompts])
-            unique = list(dict.fromkeys(p for p, _ in new))
-            place = {p: i for i, p in enumerate(unique)}
-            lengths = torch.tensor([len(prompts[p]) for p in unique])
-            cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
-            packed = torch.tensor([t for p in unique for t in prompts[p]])
-            which = torch.tensor([place[p] for p, _ in new], device=device)
-            slot = torch.arange(len(live), len(live) + len(new), device=device)
-            hidden = model.prefill(
-                packed.to(device), cu_seqlens.to(device), cache, which, slot)[which]
-            rows = [{"prompt": p, "sample": sample, "seed": _seed(seed, ids[p], sample),
-                     "length": len(prompts[p]), "tokens": [], "logp": []} for p, sample in new]
+            new = admit(cache, queue, begun, prompts, limits, live, slots, look)
+        if new:
+            at, here = len(live), slice(len(live), len(live) + len(new))
+            for row in new:
+                row.setdefault("seed", _seed(seed, ids[row["prompt"]], row["sample"]))
+            columns = torch.tensor([
+                (len(prompts[row["prompt"]]) + len(row["tokens"]), len(row["tokens"]),
+                 limits[row["prompt"]], row["seed"]) for row in new], device=device).T
+            state.length[here], state.count[here], state.limit[here], state.seed[here] = columns
+            state.done[here] = False
             if penalties:
-                said[slot] = prompted[slot] = False
-                for at, (p, _) in zip(slot.tolist(), new, strict=True):
-                    prompted[at, torch.tensor(prompts[p], device=device)] = True
-            live += rows
+                state.said[here] = state.prompted[here] = False
+                for i, row in enumerate(new, at):
+                    state.prompted[i, torch.tensor(prompts[row["prompt"]], device=device)] = True
+                    state.said[i, torch.tensor(row["tokens"], dtype=torch.long,
+                                               device=device)] = True
+            draw(prefill(model, cache, prompts, new, at), here)
+            live += new
+            collect(new, at, 1)
         else:
-            rows, slot = live, torch.arange(len(live), device=device)
-            tokens = torch.tensor([row["tokens"][-1] for row in rows], device=device)
-            cached = [row["length"] for row in rows]
-            hidden = model.decode(
-                tokens, torch.tensor(cached, device=device), cache, max(cached) + 1)
-            for row in rows:
-                row["length"] += 1
+            steps = min(look, max(limits[row["prompt"]] - len(row["tokens"]) for row in live))
+            waiting = make_room(cache, live, prompts, limits, steps)
+            for i in waiting:
+                begun[live[i]["prompt"], live[i]["sample"]] = live[i]
+                queue.appendleft((live[i]["prompt"], live[i]["sample"]))
+            if waiting:
+                leave(waiting)
+            cache.sync()
+            if watch:
+                watch(len(live), len(queue))
+            for _ in range(steps):
+                step(batch_size(len(live), slots, device.type))
+            collect(live, 0, steps)
 
-        uniform = _uniform(torch.tensor([row["seed"] for row in rows]),
-                           torch.tensor([len(row["tokens"]) for row in rows]))
-        logits = kernels.logits(hidden, model.head)  # [S, V] float32
-        tokens, logp = pick(
-            logits, uniform.to(device), temperature=temperature, top_p=top_p, top_k=top_k,
-            min_p=min_p, penalised=penalise(logits, said[slot], prompted[slot], presence_penalty,
-                                            repetition_penalty) if penalties else None)
-        if penalties:
-            said[slot, tokens] = True
-        for row, token, lp in zip(rows, tokens.tolist(), logp.tolist(), strict=True):
-            row["tokens"].append(token)
-            row["logp"].append(lp)
-
-        stopped = [ends(row["tokens"], stop, stop_strings, decode) for row in live]
         over = [i for i, row in enumerate(live)
-                if stopped[i] or len(row["tokens"]) == max_new_tokens]
+                if row["stopped"] or len(row["tokens"]) == limits[row["prompt"]]]
         for i in over:
             row = live[i]
-            yield Sequence(row["prompt"], row["tokens"], row["logp"], stopped[i]), row["sample"]
-        if over:  # the last live slots move into the places that became free
-            left = len(live) - len(over)
-            gone = set(over)
-            source, target = ([i for i in range(left, len(live)) if i not in gone],
-                              [i for i in over if i < left])
-            if source:
-                cache.move(source, target, max(live[i]["length"] for i in source))
-                if penalties:
-                    said[target], prompted[target] = said[source], prompted[source]
-            for a, b in zip(source, target, strict=True):
-                live[b] = live[a]
-            del live[left:]
+            yield (Sequence(row["prompt"], row["tokens"], row["logp"], row["stopped"]),
+                   row["sample"])
+        if over:
+            leave(over)
 
 
-def next_in_line(queue, room, lengths):
-    """Take (prompt, sample) from the queue: at most `room`, of prompts of memory.PREFILL tokens in
-    all, or one prompt that is longer.
+def admit(cache, queue, begun, prompts, limits, live, slots, look):
+    """Take sequences from the queue into the slots after the live ones, with pages for what they
+    have and the next `look` tokens -> their rows. At most memory.PREFILL tokens of prompts, or one
+    that is longer. A page stays in reserve for every other sequence that may need one more.
     """
-    new, tokens, last = [], 0, None
-    while queue and len(new) < room:
-        prompt = queue[0][0]
-        if prompt != last:  # samples of one prompt share its prefill
-            tokens, last = tokens + lengths[prompt], prompt
-            if new and tokens > memory.PREFILL:
+    def most(p):
+        return -(-(len(prompts[p]) + limits[p]) // cache.page)
+
+    at, rows, tokens, source = len(live), [], 0, None
+    reserve = sum(most(row["prompt"]) > len(cache.held[i]) for i, row in enumerate(live))
+    while queue and at + len(rows) < slots:
+        p, sample = queue[0]
+        row = begun.get((p, sample)) or {"prompt": p, "sample": sample, "tokens": [], "logp": [],
+                                         "stopped": False}
+        length, slot = len(prompts[p]) + len(row["tokens"]), at + len(rows)
+        # samples of one prompt share its prefill
+        shared = source is not None and rows[source]["prompt"] == p and not row["tokens"]
+        if not shared:
+            tokens += length
+            if rows and tokens > memory.PREFILL:
                 break
-        new.append(queue.popleft())
-    return new
+        needed = min(-(-(length + look) // cache.page), most(p))
+        if slot and needed - (length // cache.page if shared else 0) + reserve > len(cache.free):
+            break
+        queue.popleft()
+        begun.pop((p, sample), None)
+        row["from"] = at + source if shared else slot
+        if shared:
+            cache.share(at + source, slot, length)
+        else:
+            cache.grow(slot, length)
+            source = None if row["tokens"] else len(rows)
+        reserve += most(p) > len(cache.held[slot])
+        rows.append(row)
+    return rows
 
 
-def ends(tokens, stop, stop_strings, decode):
-    """Whether the last token is one of `stop`, or completes one of `stop_strings`."""
-    if tokens[-1] in stop or not stop_strings:
-        return tokens[-1] in stop
+def prefill(model, cache, prompts, rows, at):
+    """Run the prompts (and what waiting sequences have already) of the rows for slots `at` and on
+    -> the hidden state of each row's last token [N, H].
+    """
+    device = model.device
+    texts = {slot: [*prompts[row["prompt"]], *row["tokens"]]
+             for slot, row in enumerate(rows, at) if row["from"] == slot}
+    cache.sync()
+    short = {slot: text for slot, text in texts.items() if len(text) <= memory.PREFILL}
+    hidden = {}
+    if short:
+        bounds = torch.tensor([0, *accumulate(map(len, short.values()))])
+        packed = torch.tensor([t for text in short.values() for t in text], device=device)
+        last = model.prefill(packed, bounds, cache, torch.tensor(list(short), device=device))
+        hidden = dict(zip(short, last, strict=True))
+    for slot in texts.keys() - short.keys():  # piece by piece, so that memory stays bounded
+        pieces = torch.tensor(texts[slot], device=device).split(memory.PREFILL)
+        last = model.prefill(pieces[0], torch.tensor([0, len(pieces[0])]), cache,
+                             torch.tensor([slot], device=device))
+        for i, piece in enumerate(pieces[1:], 1):
+            last = model.go_on(piece, cache, slot, i * memory.PREFILL)
+        hidden[slot] = last[0]
+    for slot, row in enumerate(rows, at):
+        if row["from"] != slot:
+            cache.copy(row["from"], slot, len(texts[row["from"]]))
+    return torch.stack([hidden[row["from"]] for row in rows])
+
+
+def make_room(cache, live, prompts, limits, steps):
+    """Give every live slot pages for `steps` more tokens -> the slots that must wait instead, the
+    youngest first.
+    """
+    wanted = [len(prompts[row["prompt"]]) + min(len(row["tokens"]) + steps, limits[row["prompt"]])
+              for row in live]
+    if not (short := [i for i, length in enumerate(wanted) if length > cache.room(i)]):
+        return []
+
+    def age(i):
+        return len(live[i]["tokens"]), -i
+
+    waiting = []
+    for i in sorted(short, key=age, reverse=True):
+        while i not in waiting and not cache.grow(i, wanted[i]):
+            waiting.append(min(set(range(len(live))) - set(waiting), key=age))
+            cache.release(waiting[-1])
+    return waiting
+
+
+def recorded(step):
+    """step(S), as a CUDA graph for each S. The first time it runs as it is: Triton compiles, cuBLAS
+    picks its kernels. The second time it is recorded, from then on replayed.
+    """
+    graphs, pool = {}, torch.cuda.graph_pool_handle()
+
+    def run(S):
+        if S not in graphs:
+            graphs[S] = None
+            return step(S)
+        if graphs[S] is None:
+            graphs[S] = torch.cuda.CUDAGraph()
+            # other threads (NCCL's, the grader's) may go about their business meanwhile
+            with torch.cuda.graph(graphs[S], pool=pool, capture_error_mode="thread_local"):
+                step(S)
+        graphs[S].replay()
+
+    return run
+
+
+def batch_size(live, slots, device):
+    """Rows to compute for so many live slots: on a GPU one of a few numbers, each with its graph.
+    """
+    if device != "cuda":
+        return live
+    unit = max(1, (1 << (live - 1).bit_length()) // 4)  # powers of two, and 3/4 of them
+    return min(-(-live // unit) * unit, slots)
+
+
+def completes(tokens, stop_strings, decode):
+    """Whether the last token completes one of `stop_strings`."""
     tail = decode(tokens[-4 * max(map(len, stop_strings)) - 4:])  # a character may take 4 tokens
     return any(string in tail for string in stop_strings)
 
@@ -280,23 +480,27 @@ def _uniform(seeds, positions):
     return logical_shift(x ^ logical_shift(x, 31), 12).double() * 2.0 ** -52
 
 
-def default_slots(model, prompts, max_new_tokens, available):
-    """How many sequences fit the free GPU memory (9/10 of it), at most MOST_SLOTS and `available`.
+def capacity(model, prompts, max_new_tokens, wanted, slots=0):
+    """(slots, pages) for `wanted` sequences: at most `slots` (0: MOST_SLOTS) at a time, and on a
+    GPU the pages that 9/10 of its free memory hold (elsewhere 0: enough for all at their longest).
     """
-    most = min(MOST_SLOTS[model.device.type], available)
-    if model.device.type != "cuda":
-        return most
-    longest = max(map(len, prompts))
+    kind = model.device.type
+    slots = min(slots or MOST_SLOTS[kind], wanted)
+    if kind != "cuda":
+        return slots, 0
+    longest, size = max(map(len, prompts)), mixing.PAGE[kind]
     length = longest + max_new_tokens
-    one = memory.sampling(model.config, 1, length, longest)
+    parts = memory.sampling(model.config, slots, length, longest, tokens=slots)
     torch.cuda.empty_cache()  # what torch keeps for reuse is free, too
-    free = 0.9 * torch.cuda.mem_get_info(model.device)[0] - memory.forward(
-        model.config, max(longest, memory.PREFILL), 2)
-    fit = int(free / (one["cache"] + one["draw"]))
-    if fit < 1:
-        raise ValueError(f"not even one sequence of {length} tokens fits this GPU's memory; "
-                         "lower max_new_tokens")
-    return min(fit, most)
+    free = 0.9 * torch.cuda.mem_get_info(model.device)[0] - (
+        parts["peak"] - parts["weights"] - parts["reserve"])
+    page = mixing.Cache.bytes(model.config, 0, size, torch.bfloat16)
+    most = slots * -(-length // size)  # as many as can ever be needed
+    pages = min(most, int(free / page)) if page else most
+    if pages * size < length:
+        raise ValueError(f"not even one sequence of {length} tokens fits this GPU's memory beside "
+                         f"{slots} slots; lower max_new_tokens, or slots")
+    return slots, pages
 
 
 MOST_SLOTS = {"cpu": 512, "cuda": 1024}
@@ -413,10 +617,11 @@ def collect(cfg, ranks, rows, shards, todo, header):
                   cfg.stop_tokens)
     place = {row: p for p, row in enumerate(order)}
     total, share = len(prompts) * cfg.n, -(-len(prompts) * cfg.n // ranks.world)
-    slots = min(cfg.slots or default_slots(model, prompts, cfg.max_new_tokens, share), share)
+    slots, pages = capacity(model, prompts, cfg.max_new_tokens, share, cfg.slots)
     longest = max(map(len, prompts))
-    ranks.print(memory.text(memory.sampling(model.config, slots, longest + cfg.max_new_tokens,
-                                            longest, device=ranks.device.type)))
+    ranks.print(memory.text(memory.sampling(
+        model.config, slots, longest + cfg.max_new_tokens, longest, device=ranks.device.type,
+        tokens=pages * mixing.PAGE[ranks.device.type])))
     shard_of = {row: s for s in todo for row in shards[s]}
     journal, found = {}, {}  # of the shards that this rank has taken and not written yet
     rewards, writing, clipped = [], [], 0
@@ -465,7 +670,7 @@ def collect(cfg, ranks, rows, shards, todo, header):
                 temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
                 stop=(*tokenizer.stop, *cfg.stop_tokens), stop_strings=cfg.stop_strings,
                 decode=partial(tokenizer.decode, special=True), seed=cfg.seed, slots=slots,
-                ids=order, feed=take):
+                pages=pages, ids=order, feed=take):
             row = order[sequence.prompt]
             s = shard_of[row]
             journal[s].add(row, sample, *sequence[1:])

@@ -42,7 +42,7 @@ def test_what_a_block_keeps(folder, monkeypatch):
         group = q.shape[1] // k.shape[1]
         return Unseen.apply(q, q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
-    def walk(W, U, K, fade, chunks):
+    def walk(W, U, K, fade, state, chunks):
         S = U.new_empty(*W.shape[:2], W.shape[3], U.shape[3])
         return Unseen.apply(U, W, K, fade), Unseen.apply(S), S[:1]
 

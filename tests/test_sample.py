@@ -9,13 +9,17 @@ import shutil
 import subprocess
 import sys
 import threading
+from copy import deepcopy
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, write_hybrid
 
+import decoding
 import grade
+import memory
+import mixing
 import model as models
 import rollouts
 import runtime
@@ -229,6 +233,72 @@ def test_slots_change_nothing(network, settings):
         assert tokens(got) == tokens(want)
         assert_close([s.logp for s in got], [s.logp for s in want])
         assert [s[0] for s in got] == [p for p in range(6) for _ in range(3)]
+
+
+@pytest.mark.parametrize("look", [1, 3, 8])
+@pytest.mark.parametrize("pages", [0, 4, 7, 11])
+def test_pages_and_looks_change_nothing(network, monkeypatch, pages, look):
+    """Where pages run out sequences wait, give theirs back and go on later, in pieces if they have
+    grown long: nothing is lost, and no token depends on it."""
+    monkeypatch.setitem(mixing.PAGE, "cpu", 8)
+    settings = dict(max_new_tokens=[3, 14, 9, 1, 14, 12], repetition_penalty=1.2)
+    want = generate(network, **settings)
+    waited, make_room = [], S.make_room
+
+    def watched(cache, live, *rest):
+        waiting = make_room(cache, live, *rest)
+        waited.extend(waiting)
+        held = [page for pages in cache.held for page in pages]
+        assert len(cache.free) + len(set(held)) == (pages or 24) and 0 not in held
+        return waiting
+
+    monkeypatch.setattr(S, "make_room", watched)
+    monkeypatch.setitem(S.LOOK, "cpu", look)
+    monkeypatch.setattr(memory, "PREFILL", 9)
+    got = generate(network, slots=6, pages=pages, **settings)
+    assert tokens(got) == tokens(want) and [s[0] for s in got] == [s[0] for s in want]
+    assert_close([s.logp for s in got], [s.logp for s in want])
+    assert waited or look > 1 or pages not in (4, 7)
+
+
+def test_pages_for_one_sequence_at_least(network):
+    with pytest.raises(ValueError, match="1 pages of 16 tokens do not hold one sequence of 25"):
+        generate(network, pages=1)
+
+
+def test_the_host_is_told(network):
+    """watch sees every slot busy while prompts wait."""
+    seen = []
+    generate(network, n=10, slots=4, watch=lambda *a: seen.append(a))
+    assert seen[0] == (4, 56) and seen[-1][1] == 0
+    assert all(live == 4 for live, waiting in seen if waiting)
+
+
+@pytest.mark.parametrize("write", ["policy", "hybrid"])
+def test_the_kernels_of_a_gpu_draw_the_same(network, write, monkeypatch, tmp_path):
+    """The step that a GPU records, in Triton's interpreter: the same tokens from first to last."""
+    if decoding.triton is None:
+        pytest.skip("triton is not installed")
+    make = network if write == "policy" else models.load(
+        write_hybrid(tmp_path / "p"), dtype=torch.float32)
+    settings = dict(n=2, max_new_tokens=6, slots=5)
+    want = generate(make, PROMPTS[:4], **settings)
+    fused = deepcopy(make)
+    decoding.fuse(fused)
+    monkeypatch.setattr(models.Transformer, "decode", decoding.forward)
+    monkeypatch.setattr(S, "pick", lambda logits, uniform, temperature, **_: decoding.draw(
+        logits, uniform, temperature))
+    got = generate(fused, PROMPTS[:4], **settings)
+    assert tokens(got) == tokens(want)
+    assert_close([s.logp for s in got], [s.logp for s in want], 1e-4)
+
+
+def test_batch_sizes():
+    """Few of them, never too small, at most a half more than needed, none above the slots."""
+    sizes = [S.batch_size(live, 1000, "cuda") for live in range(1, 1001)]
+    assert all(live <= size <= live * 1.5 for live, size in enumerate(sizes, 1))
+    assert len(set(sizes)) <= 20 and max(sizes) == 1000
+    assert S.batch_size(77, 1000, "cpu") == 77
 
 
 def test_neighbours_number_and_order_change_nothing(network):
