@@ -26,11 +26,12 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "verl")
 
 
-def parser(text, repeats):
-    """The options that all benchmarks have; a script adds its own."""
+def parser(text, repeats, tokens=(8192, 32768)):
+    """The options that all benchmarks have; a script adds its own. `tokens` None: not that one."""
     options = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
+    if tokens:
+        options.add_argument("--tokens", type=int, nargs="+", default=[*tokens])
     options.add_argument("--repeats", type=int, default=repeats, help="timed calls of each row")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--tiny", action="store_true",

@@ -1,0 +1,312 @@
+"""bench_sample.py - sampling from a model of Qwen3-4B's shape, random weights, beside its floor.
+
+sample.generate as the project calls it, in bfloat16 at temperature 1, no stop token: many
+sequences of one length, and a long-tailed mix (--requests, lengths log-normal) through fewer slots,
+where the batch has to be filled again as sequences end.
+
+    python benchmarks/bench_sample.py                       # 64 and 256 sequences, the mix, peers
+    python benchmarks/bench_sample.py --no-peer --requests 0 --sequences 256 --profile
+    python benchmarks/bench_sample.py --tiny                # small shapes, a CPU too: a trial
+
+Rows are ours and transformers' with the same weights: generate with its dynamic cache, with its
+static cache (which it compiles by itself), and generate_batch, its continuous batching, as it is
+and with CUDA graphs. These make --peer-tokens tokens a sequence, and are compared with the floor of
+that many. Every call is made once before it is timed.
+
+Columns: new tokens a second of a whole call, from lists of prompts to lists of tokens (prefill, and
+of ours what it records of CUDA graphs, included; median of --repeats, of the mix and of peers one
+call); of decoding alone, from the median time between two looks of the host while all sequences are
+live. Both as shares of a floor, which is what must be read over the bandwidth of a device copy in
+the same run: keys and values of each sequence for each of its tokens, and all weights once a step,
+of which there are as many as the longest sequence has tokens, or as tokens fill the slots if that
+is more. Busy slots: the live ones when the host looks, as long as requests wait.
+
+The check: of a few sequences (of the mix the longest), the tokens of a greedy call at the same
+batch size that are the likeliest in model.py's own forward pass over the same text, too, and
+|sampler's log p - model.logp| of the tokens of the timed call. On random weights many logits lie
+closer than bfloat16 tells them apart; float32 on a CPU must give 100% and 1e-5 or less.
+"""
+
+import gc
+import statistics
+from functools import partial
+from unittest import mock
+
+import measure
+import torch
+from bench_step import SHAPES
+
+import kernels
+import mixing
+import model as models
+import runtime
+import sample
+
+CHECKED = 4  # sequences of a row that are compared with the forward pass
+LEAST, MOST = 16, 8192  # lengths of the mix are clipped to these
+DECODE_FROM = 3  # looks after which every kernel is compiled, and the step recorded
+SAMPLED = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+
+
+def build(config):
+    with measure.DEVICE:
+        model = models.Transformer(config).to(measure.DTYPE).requires_grad_(False)
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.02)
+    return model
+
+
+def texts(count, length, vocab, seed):
+    """Random prompts, no two alike."""
+    return torch.randint(vocab, (count, length),
+                         generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def mix_lengths(args):
+    normal = torch.randn(args.requests, generator=torch.Generator().manual_seed(args.seed))
+    lengths = args.median * (args.sigma * normal).exp()
+    return lengths.round().long().clamp(args.least, args.most).tolist()
+
+
+def floor(config, prompt, limits, slots, bandwidth):
+    """Seconds in which weights, keys and values can be read for so many tokens of each sequence.
+
+    The j-th token of a response (the 0th is the prefill's) reads prompt + j tokens of the cache.
+    """
+    with torch.device("meta"):
+        shape = models.Transformer(config)
+    skipped = 0 if config.tied else config.vocab * config.hidden  # of the embedding, but few rows
+    weights = (sum(p.numel() for p in shape.parameters()) - skipped) * measure.DTYPE.itemsize
+    steps = max(-(-sum(limits) // slots), max(limits))
+    read = sum(n * prompt + n * (n - 1) // 2 for n in limits)
+    return (steps * weights + read * mixing.Cache.bytes(config, 0, 1, measure.DTYPE)) / bandwidth
+
+
+# ---------------------------------------------------------------- our sampler
+
+
+def call(model, prompts, limits, slots, pages, temperature=1.0):
+    """((mark before, mark after), [(mark, live, waiting)] of each look, what was drawn)."""
+    gc.collect()  # the cache of the call before
+    looks, before = [], measure.mark()
+    drawn = sample.generate(
+        model, prompts, max_new_tokens=limits, temperature=temperature, slots=slots, pages=pages,
+        watch=lambda live, waiting: looks.append((measure.mark(), live, waiting)))
+    return (before, measure.mark()), looks, drawn
+
+
+def time_ours(model, prompts, limits, slots, repeats, greedy):
+    """What a record says of our sampler."""
+    slots, pages = sample.capacity(model, prompts, max(limits), len(prompts), slots)
+    runs = [call(model, prompts, limits, slots, pages) for _ in range(repeats + 1)][1:]
+    drawn = runs[-1][2]
+    made = [len(s.tokens) for s in drawn]
+    if made != limits:
+        raise RuntimeError(f"{sum(made)} tokens were drawn, not {sum(limits)}")
+    whole = [(a, b) for _, looks, _ in runs
+             for (a, live, _), (b, after, _) in zip(looks, looks[1:], strict=False)
+             if live == after == slots == len(prompts)]
+    window = measure.median(whole) / 1e3 if whole else None
+    # all but the last few of these are of as many steps
+    busy = [live / slots for _, looks, _ in runs for _, live, waiting in looks if waiting]
+    longest = sorted(range(len(limits)), key=lambda i: -limits[i])[:CHECKED]
+    gaps, equal = torch.cat([gap(model, prompts[i], drawn[i]) for i in longest]), None
+    if greedy:
+        *_, likely = call(model, prompts, limits, slots, pages, temperature=0.0)
+        equal = statistics.mean(greedy_share(model, prompts[i], likely[i]) for i in longest)
+    return {"tokens": sum(made), "seconds": measure.median([span for span, *_ in runs]) / 1e3,
+            "decode_tokens_per_second": (
+                slots * sample.LOOK[measure.DEVICE.type] / window if window else None),
+            "busy": statistics.mean(busy) if busy else None, "pages": pages, "equal": equal,
+            "gap_mean": gaps.mean().item(), "gap_max": gaps.max().item()}
+
+
+def whole_text(prompt, drawn):
+    """A sequence as model.py takes it: tokens, bounds, places of its response."""
+    text = torch.tensor(prompt + drawn.tokens, device=measure.DEVICE)
+    scored = torch.arange(len(prompt), len(text), device=measure.DEVICE)
+    return text, torch.tensor([0, len(text)]), scored
+
+
+@torch.no_grad()
+def gap(model, prompt, drawn):
+    """|sampler's log p - the forward pass's| of each token of a response."""
+    logp, _ = model.logp(*whole_text(prompt, drawn))
+    return (logp.cpu() - torch.tensor(drawn.logp)).abs()
+
+
+@torch.no_grad()
+def greedy_share(model, prompt, drawn):
+    """Share of a response's tokens that are the forward pass's likeliest."""
+    text, bounds, scored = whole_text(prompt, drawn)
+    logits = kernels.logits(model(text, bounds)[scored - 1], model.head)
+    return (logits.argmax(1) == text[scored]).double().mean().item()
+
+
+def profile(model, args):
+    """Print where the time of one window of steps goes, launched one by one, at the mean length of
+    the largest batch.
+    """
+    S, looks = max(args.sequences), 0
+    prompts = texts(S, args.prompt + args.new // 2, model.config.vocab, args.seed)
+    steps = sample.LOOK[measure.DEVICE.type]
+    kinds = torch.profiler.ProfilerActivity
+    profiler = torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * measure.CUDA])
+
+    def watch(live, waiting):
+        nonlocal looks
+        looks += 1
+        if looks == DECODE_FROM:
+            profiler.start()
+        if looks == DECODE_FROM + 1:
+            profiler.stop()
+
+    with mock.patch.object(sample, "recorded", lambda step: step):
+        sample.generate(model, prompts, max_new_tokens=1 + steps * (DECODE_FROM + 1), slots=S,
+                        watch=watch)
+    print(f"\n{steps} steps of {S} sequences of {len(prompts[0])} tokens and a little more")
+    print(profiler.key_averages().table(
+        sort_by=f"self_{measure.DEVICE.type}_time_total", row_limit=30, max_name_column_width=60))
+
+
+# ---------------------------------------------------------------- the peers
+
+
+def build_peer(model):
+    """transformers' model with a copy of our weights, and without an end-of-sequence token."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    c = model.config
+    with measure.DEVICE:
+        peer = Qwen3ForCausalLM(Qwen3Config(
+            vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
+            intermediate_size=c.intermediate, rms_norm_eps=c.eps, tie_word_embeddings=c.tied,
+            rope_theta=c.rope_theta, max_position_embeddings=40960, attn_implementation="sdpa",
+            bos_token_id=None, eos_token_id=None, pad_token_id=None)).to(measure.DTYPE).eval()
+    missing, unexpected = peer.load_state_dict(model.state_dict(), strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise RuntimeError(f"weights differ in {[*missing, *unexpected][:3]}")
+    return peer
+
+
+def options(new):
+    """A new one a call: generate_batch writes into it."""
+    from transformers import GenerationConfig
+    return GenerationConfig(**SAMPLED, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+
+
+def generate(peer, prompts, new, **kinds):
+    """Responses of transformers' generate, [sequences, tokens]."""
+    text = torch.tensor(prompts, device=measure.DEVICE)
+    drawn = peer.generate(text, attention_mask=torch.ones_like(text),
+                          generation_config=options(new), **kinds)
+    return drawn[:, text.shape[1]:].tolist()
+
+
+def generate_batch(peer, prompts, new, **kinds):
+    """Responses of transformers' continuous batching."""
+    from transformers import ContinuousBatchingConfig
+    done = peer.generate_batch(prompts, generation_config=options(new), progress_bar=False,
+                               continuous_batching_config=ContinuousBatchingConfig(**kinds))
+    return [result.generated_tokens for result in done.values()]
+
+
+PEERS = {"transformers, dynamic cache": generate,
+         "transformers, static cache": partial(generate, cache_implementation="static"),
+         "transformers, generate_batch": generate_batch,
+         "transformers, generate_batch, CUDA graphs": partial(generate_batch, use_cuda_graph=True)}
+
+
+def time_peer(peer, draw, prompts, new):
+    for _ in range(2):  # the first one compiles
+        measure.free()
+        before = measure.mark()
+        drawn = draw(peer, prompts, new)
+        span = before, measure.mark()
+    if [len(tokens) for tokens in drawn] != [new] * len(prompts):
+        raise RuntimeError(f"{sum(map(len, drawn))} tokens came, not {new * len(prompts)}")
+    return {"tokens": new * len(prompts), "seconds": measure.median([span]) / 1e3}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def record(what, measured, config, limits, slots, args, ceilings):
+    """What is written of a row: the measured, and its floor."""
+    least = floor(config, args.prompt, limits, slots, ceilings["copy_tb_s"] * 1e12)
+    top, decode = sum(limits) / least, measured.get("decode_tokens_per_second")
+    return {"bench": "sample", "what": what, "shape": args.shape, "sequences": len(limits),
+            "slots": slots, "prompt": args.prompt, "longest": max(limits), **measured,
+            "tokens_per_second": measured["tokens"] / measured["seconds"],
+            "of_floor": least / measured["seconds"], "floor_tokens_per_second": top,
+            "decode_of_floor": decode and decode / top}
+
+
+def cells(r):
+    mean = f"{r['tokens'] / r['sequences']:.0f}"
+    few = r["slots"] < r["sequences"]
+    return {"sampler": r["what"],
+            "sequences": f"{r['sequences']} in {r['slots']} slots" if few else str(r["sequences"]),
+            "new tokens": f"{mean}, up to {r['longest']}" if few else mean,
+            "tokens/s": f"{r['tokens_per_second']:.0f}", "of floor": f"{r['of_floor']:.1%}",
+            "decoding": measure.number(r.get("decode_tokens_per_second"), ".0f"),
+            "of its floor": measure.number(r["decode_of_floor"], ".1%"),
+            "busy slots": measure.number(r.get("busy"), ".1%"),
+            "greedy equal": measure.number(r.get("equal"), ".1%"),
+            "logp gap": measure.number(r.get("gap_mean"), ".1e"),
+            "at most": measure.number(r.get("gap_max"), ".1e")}
+
+
+def main():
+    parser = measure.parser(__doc__, repeats=3, tokens=None)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3_4b")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=512, help="tokens of a response")
+    parser.add_argument("--requests", type=int, default=1024, help="of the mix; 0: no mix")
+    parser.add_argument("--slots", type=int, default=256, help="of the mix")
+    parser.add_argument("--median", type=float, default=600, help="of the mix's lengths")
+    parser.add_argument("--sigma", type=float, default=1.0, help="of their logarithm")
+    parser.add_argument("--peer-tokens", type=int, default=128, help="of a peer's response")
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--profile", action="store_true", help="first print a profile of decoding")
+    args = parser.parse_args()
+    args.least, args.most = LEAST, MOST
+    if args.tiny:
+        args.shape, args.sequences, args.prompt, args.new, args.repeats = "tiny", [2, 4], 4, 16, 1
+        args.slots, args.median, args.least, args.most, args.peer_tokens = 4, 6, 2, 16, 8
+        args.requests = min(args.requests, 16)
+    measure.begin(args)
+    config, ceilings, records = SHAPES[args.shape], measure.ceilings(args.tiny), []
+    model = build(config)
+    if args.profile:
+        measure.attempt("profile", partial(profile, model, args))
+
+    def report(what, limits, slots, call):
+        measure.free()
+        if measured := measure.attempt(f"{what}, {len(limits)} sequences", call):
+            records.append(record(what, measured, config, limits, slots, args, ceilings))
+            print(" | ".join(cells(records[-1]).values()), flush=True)
+
+    jobs = [(S, [args.new] * S, args.repeats) for S in args.sequences]
+    jobs += [(args.slots, mix_lengths(args), 1)] if args.requests else []
+    for slots, limits, repeats in jobs:
+        prompts = texts(len(limits), args.prompt, config.vocab, args.seed)
+        slots = min(slots, len(limits))
+        greedy = slots == len(limits)
+        report("ours" if greedy else "ours, mixed lengths", limits, slots, partial(
+            time_ours, model, prompts, limits, slots, repeats, greedy))
+    peer = None if args.no_peer else measure.attempt("transformers", partial(build_peer, model))
+    del model
+    for name, draw in PEERS.items() if peer else ():
+        for S in args.sequences:
+            prompts = texts(S, args.prompt, config.vocab, args.seed)
+            report(name, [args.peer_tokens] * S, S, partial(
+                time_peer, peer, draw, prompts, args.peer_tokens))
+            torch.compiler.reset()
+    measure.finish([cells(r) for r in records], records, ceilings, args.json)
+
+
+if __name__ == "__main__":
+    runtime.command(main)
