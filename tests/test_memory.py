@@ -173,13 +173,16 @@ def test_prompts_are_run_a_few_at_a_time(monkeypatch, tmp_path):
     model = scaled(ROOT / "configs" / "qwen3_4b", tmp_path, 64)
     seen = []
     monkeypatch.setattr(memory, "PREFILL", 100)
+
+    def counted(run):
+        return lambda tokens, *rest: (seen.append(len(tokens)), run(tokens, *rest))[1]
+
     for name in ("prefill", "go_on"):
-        monkeypatch.setattr(model, name, lambda tokens, *rest, run=getattr(model, name): (
-            seen.append(len(tokens)), run(tokens, *rest))[1])
+        monkeypatch.setattr(model, name, counted(getattr(model, name)))
     prompts = [[1] * size for size in (30, 30, 30, 30, 130, 30, 99, 1)]
     options = dict(n=3, max_new_tokens=4, slots=24)
     few = sample.generate(model, prompts, **options)
-    assert max(seen) == 100 and sum(seen) == 409
+    assert max(seen) == 100 and sum(seen) == 380
     monkeypatch.setattr(memory, "PREFILL", 1 << 20)
     assert [s.tokens for s in sample.generate(model, prompts, **options)] == [
         s.tokens for s in few]
