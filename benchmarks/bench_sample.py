@@ -8,26 +8,27 @@ where the batch has to be filled again as sequences end.
     python benchmarks/bench_sample.py --no-peer --requests 0 --sequences 256 --profile
     python benchmarks/bench_sample.py --tiny                # small shapes, a CPU too: a trial
 
-Rows are ours and transformers' with the same weights: generate with its dynamic cache, with its
-static cache (which it compiles by itself), and generate_batch, its continuous batching, as it is
-and with CUDA graphs. These make --peer-tokens tokens a sequence, and are compared with the floor of
-that many. Every call is made once before it is timed.
+Rows are ours, and transformers' with the same weights: generate with its dynamic cache, with its
+static cache (which it compiles by itself on a GPU), and generate_batch, its continuous batching, as
+it is and with CUDA graphs. These make --peer-tokens tokens a sequence, and their floor is that of
+as many. What is timed has run before; of the mix a shorter call of the same batch sizes.
 
 Columns: new tokens a second of a whole call, from lists of prompts to lists of tokens (prefill, and
-of ours what it records of CUDA graphs, included; median of --repeats, of the mix and of peers one
-call); of decoding alone, from the median time between two looks of the host while all sequences are
-live. Both as shares of a floor, which is what must be read over the bandwidth of a device copy in
-the same run: keys and values of each sequence for each of its tokens, and all weights once a step,
+of ours the recording of CUDA graphs, included; the median of --repeats, one call of the mix and of
+peers); of decoding alone, by the median time between two looks of the host while all sequences are
+live. Both as shares of a floor: what must be read, over the bandwidth of a device copy in the same
+run. That is keys and values of each sequence for each of its tokens, and all weights once a step,
 of which there are as many as the longest sequence has tokens, or as tokens fill the slots if that
 is more. Busy slots: the live ones when the host looks, as long as requests wait.
 
-The check: of a few sequences (of the mix the longest), the tokens of a greedy call at the same
-batch size that are the likeliest in model.py's own forward pass over the same text, too, and
-|sampler's log p - model.logp| of the tokens of the timed call. On random weights many logits lie
-closer than bfloat16 tells them apart; float32 on a CPU must give 100% and 1e-5 or less.
+The check, on a few sequences (of the mix the longest): the share of tokens of a greedy call of the
+same size that are the likeliest in model.py's own forward pass over the same text, and
+|sampler's log p - model.logp| of the tokens of the timed call. On random weights the two likeliest
+tokens are often closer than bfloat16 can tell; in float32, on a CPU, expect 100% and below 1e-5.
 """
 
 import gc
+import math
 import statistics
 from functools import partial
 from unittest import mock
@@ -44,8 +45,7 @@ import sample
 
 CHECKED = 4  # sequences of a row that are compared with the forward pass
 LEAST, MOST = 16, 8192  # lengths of the mix are clipped to these
-DECODE_FROM = 3  # looks after which every kernel is compiled, and the step recorded
-SAMPLED = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+WINDOW = 3  # which one of decoding --profile shows: kernels are compiled by then
 
 
 def build(config):
@@ -96,52 +96,55 @@ def call(model, prompts, limits, slots, pages, temperature=1.0):
     return (before, measure.mark()), looks, drawn
 
 
-def time_ours(model, prompts, limits, slots, repeats, greedy):
+def rehearsal(prompts, limits, slots, look):
+    """Prompts and limits of a short call that meets every batch size and the longest length of a
+    long one: sequences end one after the other, a fifth of them in each window.
+    """
+    short = [look * (1 + int(math.log(slots / (i + 1), 1.25))) for i in range(slots)]
+    longest = len(prompts[0]) + max(limits) - short[0]
+    return [(prompts[0] * longest)[:max(longest, 1)], *prompts[1:slots]], short
+
+
+def time_ours(model, prompts, limits, slots, repeats):
     """What a record says of our sampler."""
     slots, pages = sample.capacity(model, prompts, max(limits), len(prompts), slots)
-    runs = [call(model, prompts, limits, slots, pages) for _ in range(repeats + 1)][1:]
-    drawn = runs[-1][2]
-    made = [len(s.tokens) for s in drawn]
-    if made != limits:
-        raise RuntimeError(f"{sum(made)} tokens were drawn, not {sum(limits)}")
-    whole = [(a, b) for _, looks, _ in runs
-             for (a, live, _), (b, after, _) in zip(looks, looks[1:], strict=False)
-             if live == after == slots == len(prompts)]
-    window = measure.median(whole) / 1e3 if whole else None
-    # all but the last few of these are of as many steps
-    busy = [live / slots for _, looks, _ in runs for _, live, waiting in looks if waiting]
+    look, mixed = sample.LOOK[measure.DEVICE.type], len(prompts) > slots
+    call(model, *(rehearsal(prompts, limits, slots, look) if mixed else (prompts, limits)),
+         slots, pages)
+    runs = [call(model, prompts, limits, slots, pages) for _ in range(repeats)]
+    spans, every, (*_, drawn) = zip(*runs, strict=True)
+    if [len(s.tokens) for s in drawn] != limits:
+        raise RuntimeError(f"{sum(len(s.tokens) for s in drawn)} tokens came, not {sum(limits)}")
+    windows = [(a, b) for looks in every
+               for (a, live, _), (b, later, _) in zip(looks, looks[1:], strict=False)
+               if live == later == slots and not mixed]
+    # all but the last few of these have as many steps
+    busy = [live / slots for looks in every for _, live, waiting in looks if waiting]
     longest = sorted(range(len(limits)), key=lambda i: -limits[i])[:CHECKED]
-    gaps, equal = torch.cat([gap(model, prompts[i], drawn[i]) for i in longest]), None
-    if greedy:
-        *_, likely = call(model, prompts, limits, slots, pages, temperature=0.0)
-        equal = statistics.mean(greedy_share(model, prompts[i], likely[i]) for i in longest)
-    return {"tokens": sum(made), "seconds": measure.median([span for span, *_ in runs]) / 1e3,
+    gaps = torch.cat([check(model, prompts[i], drawn[i], False) for i in longest])
+    likely = None if mixed else call(model, prompts, limits, slots, pages, temperature=0.0)[2]
+    equal = likely and torch.cat([check(model, prompts[i], likely[i], True) for i in longest])
+    return {"tokens": sum(limits), "seconds": measure.median(spans) / 1e3, "pages": pages,
             "decode_tokens_per_second": (
-                slots * sample.LOOK[measure.DEVICE.type] / window if window else None),
-            "busy": statistics.mean(busy) if busy else None, "pages": pages, "equal": equal,
+                slots * look / measure.median(windows) * 1e3 if windows else None),
+            "busy": statistics.mean(busy) if busy else None,
+            "equal": equal.mean().item() if likely else None,
             "gap_mean": gaps.mean().item(), "gap_max": gaps.max().item()}
 
 
-def whole_text(prompt, drawn):
-    """A sequence as model.py takes it: tokens, bounds, places of its response."""
+@torch.no_grad()
+def check(model, prompt, drawn, greedy):
+    """Of each token of a response, by a forward pass over the whole: whether it is the likeliest,
+    or how far its log-probability is from the sampler's.
+    """
     text = torch.tensor(prompt + drawn.tokens, device=measure.DEVICE)
-    scored = torch.arange(len(prompt), len(text), device=measure.DEVICE)
-    return text, torch.tensor([0, len(text)]), scored
-
-
-@torch.no_grad()
-def gap(model, prompt, drawn):
-    """|sampler's log p - the forward pass's| of each token of a response."""
-    logp, _ = model.logp(*whole_text(prompt, drawn))
-    return (logp.cpu() - torch.tensor(drawn.logp)).abs()
-
-
-@torch.no_grad()
-def greedy_share(model, prompt, drawn):
-    """Share of a response's tokens that are the forward pass's likeliest."""
-    text, bounds, scored = whole_text(prompt, drawn)
-    logits = kernels.logits(model(text, bounds)[scored - 1], model.head)
-    return (logits.argmax(1) == text[scored]).double().mean().item()
+    bounds, scored = torch.tensor([0, len(text)]), torch.arange(len(prompt), len(text))
+    scored = scored.to(measure.DEVICE)
+    if greedy:
+        logits = kernels.logits(model(text, bounds)[scored - 1], model.head)
+        return (logits.argmax(1) == text[scored]).double()
+    return (model.logp(text, bounds, scored)[0] - scored.new_tensor(
+        drawn.logp, dtype=torch.float32)).abs()
 
 
 def profile(model, args):
@@ -157,13 +160,13 @@ def profile(model, args):
     def watch(live, waiting):
         nonlocal looks
         looks += 1
-        if looks == DECODE_FROM:
+        if looks == WINDOW:
             profiler.start()
-        if looks == DECODE_FROM + 1:
+        if looks == WINDOW + 1:
             profiler.stop()
 
     with mock.patch.object(sample, "recorded", lambda step: step):
-        sample.generate(model, prompts, max_new_tokens=1 + steps * (DECODE_FROM + 1), slots=S,
+        sample.generate(model, prompts, max_new_tokens=1 + steps * (WINDOW + 1), slots=S,
                         watch=watch)
     print(f"\n{steps} steps of {S} sequences of {len(prompts[0])} tokens and a little more")
     print(profiler.key_averages().table(
@@ -190,25 +193,26 @@ def build_peer(model):
     return peer
 
 
-def options(new):
-    """A new one a call: generate_batch writes into it."""
+def options(new, **kinds):
     from transformers import GenerationConfig
-    return GenerationConfig(**SAMPLED, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+    return GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
+                            max_new_tokens=new, **kinds)
 
 
 def generate(peer, prompts, new, **kinds):
-    """Responses of transformers' generate, [sequences, tokens]."""
     text = torch.tensor(prompts, device=measure.DEVICE)
     drawn = peer.generate(text, attention_mask=torch.ones_like(text),
-                          generation_config=options(new), **kinds)
+                          generation_config=options(new, **kinds))
     return drawn[:, text.shape[1]:].tolist()
 
 
 def generate_batch(peer, prompts, new, **kinds):
-    """Responses of transformers' continuous batching."""
     from transformers import ContinuousBatchingConfig
-    done = peer.generate_batch(prompts, generation_config=options(new), progress_bar=False,
-                               continuous_batching_config=ContinuousBatchingConfig(**kinds))
+    if not measure.CUDA:
+        kinds["num_blocks"] = 64  # or it takes most of the memory
+    done = peer.generate_batch(prompts, generation_config=options(new, eos_token_id=-1),
+                               continuous_batching_config=ContinuousBatchingConfig(**kinds),
+                               persistent_manager=True)  # the second call finds the first one's
     return [result.generated_tokens for result in done.values()]
 
 
@@ -219,11 +223,13 @@ PEERS = {"transformers, dynamic cache": generate,
 
 
 def time_peer(peer, draw, prompts, new):
-    for _ in range(2):  # the first one compiles
-        measure.free()
-        before = measure.mark()
-        drawn = draw(peer, prompts, new)
-        span = before, measure.mark()
+    try:
+        for _ in range(2):  # the first one compiles
+            before = measure.mark()
+            drawn = draw(peer, prompts, new)
+            span = before, measure.mark()
+    finally:  # in versions that have it
+        getattr(peer, "destroy_cached_continuous_batching_manager", bool)()
     if [len(tokens) for tokens in drawn] != [new] * len(prompts):
         raise RuntimeError(f"{sum(map(len, drawn))} tokens came, not {new * len(prompts)}")
     return {"tokens": new * len(prompts), "seconds": measure.median([span]) / 1e3}
@@ -289,14 +295,14 @@ def main():
             records.append(record(what, measured, config, limits, slots, args, ceilings))
             print(" | ".join(cells(records[-1]).values()), flush=True)
 
-    jobs = [(S, [args.new] * S, args.repeats) for S in args.sequences]
-    jobs += [(args.slots, mix_lengths(args), 1)] if args.requests else []
-    for slots, limits, repeats in jobs:
+    jobs = [("ours", S, [args.new] * S, args.repeats) for S in args.sequences]
+    if args.requests:
+        slots = min(args.slots, args.requests)
+        jobs.append(("ours, mixed lengths", slots, mix_lengths(args), 1))
+    for name, slots, limits, repeats in jobs:
         prompts = texts(len(limits), args.prompt, config.vocab, args.seed)
-        slots = min(slots, len(limits))
-        greedy = slots == len(limits)
-        report("ours" if greedy else "ours, mixed lengths", limits, slots, partial(
-            time_ours, model, prompts, limits, slots, repeats, greedy))
+        report(name, limits, slots, partial(
+            time_ours, model, prompts, limits, slots, repeats))
     peer = None if args.no_peer else measure.attempt("transformers", partial(build_peer, model))
     del model
     for name, draw in PEERS.items() if peer else ():

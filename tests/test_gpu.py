@@ -136,16 +136,35 @@ def test_hybrid_model_in_bfloat16(tmp_path):
         lengths = lengths + 1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.9, "top_p": 0.95, "top_k": 10},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("write", [write_policy, write_hybrid])
-def test_sampling_on_the_gpu(tmp_path, write):
-    """Same seed, same tokens, whatever the slots; float32 so that rounding does not tip a draw."""
-    model = models.load(write(tmp_path / "policy"), dtype=torch.float32, device="cuda")
-    prompts = [[3, 4], [5], [6, 7, 8, 9]] * 5
-    settings = dict(
-        n=3, max_new_tokens=20, temperature=0.9, top_p=0.95, top_k=10, stop=(1,), seed=3
-    )
-    few, many = (sample.generate(model, prompts, slots=slots, **settings) for slots in (4, 64))
-    assert [s.tokens for s in few] == [s.tokens for s in many]
+def test_sampling_on_the_gpu(tmp_path, write, settings):
+    """Same seed, same tokens, whatever the slots and pages (graphs of many sizes, sequences that
+    wait), and those of the CPU; float32 so that rounding does not tip a draw."""
+    folder = write(tmp_path / "policy")
+    cpu, gpu = (models.load(folder, dtype=torch.float32, device=d) for d in ("cpu", "cuda"))
+    prompts = [[3, 4], [5], [6, 7, 8, 9]] * 10
+    settings = dict(n=3, max_new_tokens=90, stop=(1,), seed=3, **settings)
+    want = sample.generate(cpu, prompts, slots=16, **settings)
+    for slots, pages in ((4, 0), (90, 0), (23, 9), (1, 0)):
+        got = sample.generate(gpu, prompts, slots=slots, pages=pages, **settings)
+        same = [a.tokens == b.tokens for a, b in zip(got, want, strict=True)]
+        assert sum(same) >= 0.95 * len(same), (slots, pages)
+        assert all(
+            abs(x - y) < 1e-3
+            for a, b, equal in zip(got, want, same, strict=True)
+            if equal
+            for x, y in zip(a.logp, b.logp, strict=True)
+        )
 
 
 @pytest.mark.parametrize("write", [write_policy, write_hybrid])

@@ -84,10 +84,14 @@ def test_micro_batching_leaves_the_gradient_alone(name, average, policy, batch):
         assert (g - gradients[2]).abs().max() <= 1e-5 * gradients[2].abs().max()
 
 
-def test_micro_batches_and_recomputation_give_the_same_policy(run, tmp_path, policy, batch):
+@pytest.mark.parametrize("keep_attention", ["false", "true"])
+def test_micro_batches_and_recomputation_give_the_same_policy(
+    run, tmp_path, policy, batch, keep_attention
+):
     for name, more in {
         "a": ["train.max_tokens=30"],
-        "b": ["train.max_tokens=4000", "train.recompute=true"],
+        "b": ["train.max_tokens=4000", "train.recompute=true",
+              f"train.keep_attention={keep_attention}"],
     }.items():
         run(
             stage1,
@@ -102,6 +106,19 @@ def test_micro_batches_and_recomputation_give_the_same_policy(run, tmp_path, pol
             ),
         )
     assert movement_error(tmp_path / "a/step_000004", tmp_path / "b/step_000004", policy) < 1e-3
+
+
+@pytest.mark.slow
+def test_two_ranks_with_compiled_layers_give_the_same_policy(run, tmp_path, policy, batch):
+    """torch.compile inside FSDP2 and activation checkpointing, micro-batches of many lengths."""
+    settings = ["steps=3", "loss.name=sapo", "loss.entropy_coef=0.01", "train.max_tokens=90"]
+    run(stage1, *arguments(policy, batch, tmp_path / "plain", *settings))
+    result = command("stage1.py", *arguments(
+        policy, batch, tmp_path / "fused", *settings, "train.compile=true", "train.recompute=true",
+        "train.keep_attention=true"), ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert movement_error(
+        tmp_path / "fused/step_000003", tmp_path / "plain/step_000003", policy) < 1e-3
 
 
 def test_two_ranks_give_the_policy_of_one(run, tmp_path, policy, batch):
