@@ -1,8 +1,7 @@
 """bench_sample.py - sampling from a model of Qwen3-4B's shape, random weights, beside its floor.
 
-sample.generate as the project calls it, in bfloat16 at temperature 1, no stop token: many
-sequences of one length, and a long-tailed mix (--requests, lengths log-normal) through fewer slots,
-where the batch has to be filled again as sequences end.
+sample.generate in bfloat16 at temperature 1, without a stop token: many sequences of one length,
+and a long-tailed mix (--requests) through fewer slots, which are filled again as sequences end.
 
     python benchmarks/bench_sample.py                       # 64 and 256 sequences, the mix, peers
     python benchmarks/bench_sample.py --no-peer --requests 0 --sequences 256 --profile
@@ -38,14 +37,15 @@ import torch
 from bench_step import SHAPES
 
 import kernels
+import memory
 import mixing
 import model as models
 import runtime
 import sample
 
 CHECKED = 4  # sequences of a row that are compared with the forward pass
-LEAST, MOST = 16, 8192  # lengths of the mix are clipped to these
-WINDOW = 3  # which one of decoding --profile shows: kernels are compiled by then
+MIX = dict(median=600, sigma=1.0, least=16, most=8192)  # lengths: log-normal, then clipped
+TINY_MIX = dict(median=6, sigma=1.0, least=2, most=16)
 
 
 def build(config):
@@ -63,10 +63,9 @@ def texts(count, length, vocab, seed):
                          generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def mix_lengths(args):
-    normal = torch.randn(args.requests, generator=torch.Generator().manual_seed(args.seed))
-    lengths = args.median * (args.sigma * normal).exp()
-    return lengths.round().long().clamp(args.least, args.most).tolist()
+def mix_lengths(count, seed, *, median, sigma, least, most):
+    normal = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    return (median * (sigma * normal).exp()).round().long().clamp(least, most).tolist()
 
 
 def floor(config, prompt, limits, slots, bandwidth):
@@ -74,13 +73,11 @@ def floor(config, prompt, limits, slots, bandwidth):
 
     The j-th token of a response (the 0th is the prefill's) reads prompt + j tokens of the cache.
     """
-    with torch.device("meta"):
-        shape = models.Transformer(config)
-    skipped = 0 if config.tied else config.vocab * config.hidden  # of the embedding, but few rows
-    weights = (sum(p.numel() for p in shape.parameters()) - skipped) * measure.DTYPE.itemsize
+    weights = memory.weights(config)[0] * measure.DTYPE.itemsize  # the embedding is the head
+    token = mixing.Cache.bytes(config, 0, 1, measure.DTYPE)
     steps = max(-(-sum(limits) // slots), max(limits))
     read = sum(n * prompt + n * (n - 1) // 2 for n in limits)
-    return (steps * weights + read * mixing.Cache.bytes(config, 0, 1, measure.DTYPE)) / bandwidth
+    return (steps * weights + read * token) / bandwidth
 
 
 # ---------------------------------------------------------------- our sampler
@@ -108,7 +105,7 @@ def rehearsal(prompts, limits, slots, look):
 def time_ours(model, prompts, limits, slots, repeats):
     """What a record says of our sampler."""
     slots, pages = sample.capacity(model, prompts, max(limits), len(prompts), slots)
-    look, mixed = sample.LOOK[measure.DEVICE.type], len(prompts) > slots
+    look, mixed = sample.LOOK[measure.DEVICE.type], len({*limits}) > 1
     call(model, *(rehearsal(prompts, limits, slots, look) if mixed else (prompts, limits)),
          slots, pages)
     runs = [call(model, prompts, limits, slots, pages) for _ in range(repeats)]
@@ -138,36 +135,25 @@ def check(model, prompt, drawn, greedy):
     or how far its log-probability is from the sampler's.
     """
     text = torch.tensor(prompt + drawn.tokens, device=measure.DEVICE)
-    bounds, scored = torch.tensor([0, len(text)]), torch.arange(len(prompt), len(text))
-    scored = scored.to(measure.DEVICE)
+    bounds = torch.tensor([0, len(text)])
+    scored = torch.arange(len(prompt), len(text), device=measure.DEVICE)
     if greedy:
         logits = kernels.logits(model(text, bounds)[scored - 1], model.head)
         return (logits.argmax(1) == text[scored]).double()
-    return (model.logp(text, bounds, scored)[0] - scored.new_tensor(
-        drawn.logp, dtype=torch.float32)).abs()
+    logp, _ = model.logp(text, bounds, scored)
+    return (logp - torch.tensor(drawn.logp, device=measure.DEVICE)).abs()
 
 
 def profile(model, args):
-    """Print where the time of one window of steps goes, launched one by one, at the mean length of
-    the largest batch.
-    """
-    S, looks = max(args.sequences), 0
+    """Print where the time of one window of steps goes, kernels launched one by one."""
+    S, steps = max(args.sequences), sample.LOOK[measure.DEVICE.type]
     prompts = texts(S, args.prompt + args.new // 2, model.config.vocab, args.seed)
-    steps = sample.LOOK[measure.DEVICE.type]
-    kinds = torch.profiler.ProfilerActivity
-    profiler = torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * measure.CUDA])
-
-    def watch(live, waiting):
-        nonlocal looks
-        looks += 1
-        if looks == WINDOW:
-            profiler.start()
-        if looks == WINDOW + 1:
-            profiler.stop()
-
+    profiler = torch.profiler.profile()
+    # the first two windows compile what is new; int() does nothing
+    looks = iter((int, int, profiler.start, profiler.stop))
     with mock.patch.object(sample, "recorded", lambda step: step):
-        sample.generate(model, prompts, max_new_tokens=1 + steps * (WINDOW + 1), slots=S,
-                        watch=watch)
+        sample.generate(model, prompts, max_new_tokens=1 + 4 * steps, slots=S,
+                        watch=lambda live, waiting: next(looks, int)())
     print(f"\n{steps} steps of {S} sequences of {len(prompts[0])} tokens and a little more")
     print(profiler.key_averages().table(
         sort_by=f"self_{measure.DEVICE.type}_time_total", row_limit=30, max_name_column_width=60))
@@ -239,29 +225,26 @@ def time_peer(peer, draw, prompts, new):
 
 
 def record(what, measured, config, limits, slots, args, ceilings):
-    """What is written of a row: the measured, and its floor."""
     least = floor(config, args.prompt, limits, slots, ceilings["copy_tb_s"] * 1e12)
     top, decode = sum(limits) / least, measured.get("decode_tokens_per_second")
     return {"bench": "sample", "what": what, "shape": args.shape, "sequences": len(limits),
             "slots": slots, "prompt": args.prompt, "longest": max(limits), **measured,
-            "tokens_per_second": measured["tokens"] / measured["seconds"],
-            "of_floor": least / measured["seconds"], "floor_tokens_per_second": top,
-            "decode_of_floor": decode and decode / top}
+            "tokens_per_second": sum(limits) / measured["seconds"], "floor_per_second": top,
+            "of_floor": least / measured["seconds"], "decode_of_floor": decode and decode / top}
 
 
 def cells(r):
-    mean = f"{r['tokens'] / r['sequences']:.0f}"
-    few = r["slots"] < r["sequences"]
+    each, mixed = f"{r['tokens'] / r['sequences']:.0f}", "mixed" in r["what"]
     return {"sampler": r["what"],
-            "sequences": f"{r['sequences']} in {r['slots']} slots" if few else str(r["sequences"]),
-            "new tokens": f"{mean}, up to {r['longest']}" if few else mean,
+            "sequences": f"{r['sequences']}" + f" in {r['slots']} slots" * mixed,
+            "new tokens": each + f", up to {r['longest']}" * mixed,
             "tokens/s": f"{r['tokens_per_second']:.0f}", "of floor": f"{r['of_floor']:.1%}",
-            "decoding": measure.number(r.get("decode_tokens_per_second"), ".0f"),
-            "of its floor": measure.number(r["decode_of_floor"], ".1%"),
+            "decoding tokens/s": measure.number(r.get("decode_tokens_per_second"), ".0f"),
+            "decoding of floor": measure.number(r["decode_of_floor"], ".1%"),
             "busy slots": measure.number(r.get("busy"), ".1%"),
             "greedy equal": measure.number(r.get("equal"), ".1%"),
             "logp gap": measure.number(r.get("gap_mean"), ".1e"),
-            "at most": measure.number(r.get("gap_max"), ".1e")}
+            "largest gap": measure.number(r.get("gap_max"), ".1e")}
 
 
 def main():
@@ -272,17 +255,13 @@ def main():
     parser.add_argument("--new", type=int, default=512, help="tokens of a response")
     parser.add_argument("--requests", type=int, default=1024, help="of the mix; 0: no mix")
     parser.add_argument("--slots", type=int, default=256, help="of the mix")
-    parser.add_argument("--median", type=float, default=600, help="of the mix's lengths")
-    parser.add_argument("--sigma", type=float, default=1.0, help="of their logarithm")
     parser.add_argument("--peer-tokens", type=int, default=128, help="of a peer's response")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--profile", action="store_true", help="first print a profile of decoding")
     args = parser.parse_args()
-    args.least, args.most = LEAST, MOST
     if args.tiny:
         args.shape, args.sequences, args.prompt, args.new, args.repeats = "tiny", [2, 4], 4, 16, 1
-        args.slots, args.median, args.least, args.most, args.peer_tokens = 4, 6, 2, 16, 8
-        args.requests = min(args.requests, 16)
+        args.requests, args.slots, args.peer_tokens = min(args.requests, 16), 4, 8
     measure.begin(args)
     config, ceilings, records = SHAPES[args.shape], measure.ceilings(args.tiny), []
     model = build(config)
@@ -297,12 +276,11 @@ def main():
 
     jobs = [("ours", S, [args.new] * S, args.repeats) for S in args.sequences]
     if args.requests:
-        slots = min(args.slots, args.requests)
-        jobs.append(("ours, mixed lengths", slots, mix_lengths(args), 1))
+        limits = mix_lengths(args.requests, args.seed, **(TINY_MIX if args.tiny else MIX))
+        jobs.append(("ours, mixed lengths", min(args.slots, args.requests), limits, 1))
     for name, slots, limits, repeats in jobs:
         prompts = texts(len(limits), args.prompt, config.vocab, args.seed)
-        report(name, limits, slots, partial(
-            time_ours, model, prompts, limits, slots, repeats))
+        report(name, limits, slots, partial(time_ours, model, prompts, limits, slots, repeats))
     peer = None if args.no_peer else measure.attempt("transformers", partial(build_peer, model))
     del model
     for name, draw in PEERS.items() if peer else ():
