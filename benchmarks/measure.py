@@ -150,7 +150,8 @@ def finish(rows, records, limits, file):
     ({key: value}) to a file of JSON lines.
     """
     print()
-    for cells in ([*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)) * bool(rows):
+    head = [[*rows[0]], ["---"] * len(rows[0])] if rows else []
+    for cells in (*head, *(row.values() for row in rows)):
         print("| " + " | ".join(cells) + " |")
     print(f"\n{limits['machine']}; device copy {limits['copy_tb_s']:.2f} TB/s, product of side "
           f"{limits['product_side']} {limits['product_tflop_s']:.1f} TFLOP/s", flush=True)
