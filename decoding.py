@@ -16,7 +16,8 @@ products and five kernels here, and nothing in it waits for, or depends on, the 
     y @ Wdown
 
     forward(model, tokens, lengths, cache) -> hidden [S, H]            after fuse(model)
-    draw(logits, uniform) -> tokens, log-probs                         two kernels over [S, V]
+    draw(logits, uniform) -> tokens, log-probs                         two kernels over [S, V]; by
+                                     bisection, not by sorting, where the distribution is truncated
 
 Each rounds where model.py rounds, which is the oracle (tests/test_decoding.py runs the kernels in
 Triton's interpreter). Sequence lengths are read from a tensor, so that one CUDA graph of the whole
@@ -143,18 +144,28 @@ def silu_mul(x):
     return y
 
 
-def draw(logits, uniform, temperature):
-    """One token a row by inverting the cumulative distribution at uniform [S] float64 in [0, 1):
-    logits [S, V] float32 -> (tokens [S], logp [S]). Temperature 0: the likeliest, logp at 1.
+def draw(logits, uniform, *, temperature, top_p=1.0, top_k=0, min_p=0.0, penalised=None):
+    """What sample.pick draws, without sorting: of equally likely tokens at the edge of a truncation
+    all stay. logits [S, V] float32, uniform [S] float64 -> (tokens [S], logp [S]).
     """
     S, V = logits.shape
-    chunks = triton.cdiv(V, CHUNK)
-    top, total = (logits.new_empty(S, chunks) for _ in range(2))
-    tokens, logp = uniform.new_empty(S, dtype=torch.long), logits.new_empty(S)
     scale = 1.0 / (temperature or 1.0)
-    _chunk_kernel[(S, chunks)](logits, top, total, V, chunks, scale, BLOCK=CHUNK)
-    _draw_kernel[(S,)](logits, top, total, uniform, tokens, logp, V, chunks, scale,
-                       GREEDY=temperature == 0, CHUNKS=triton.next_power_of_2(chunks), BLOCK=CHUNK)
+    x, chunks = logits if penalised is None else penalised, triton.cdiv(V, CHUNK)
+    top, total, kept = (logits.new_empty(S, chunks) for _ in range(3))
+    edge = logits.new_empty(S)
+    tokens, logp = uniform.new_empty(S, dtype=torch.long), logits.new_empty(S)
+    wide, cut = triton.next_power_of_2(chunks), bool(top_p < 1 or top_k or min_p)
+    _chunk_kernel[(S, chunks)](x, top, total, edge, V, chunks, scale, CUT=False, BLOCK=CHUNK)
+    if cut and temperature:
+        _edge_kernel[(S,)](x, top, total, edge, V, chunks, scale, top_p, top_k, min_p,
+                           TOP_P=top_p < 1, TOP_K=top_k > 0, MIN_P=min_p > 0, CHUNKS=wide,
+                           BLOCK=CHUNK, num_warps=8)
+        _chunk_kernel[(S, chunks)](x, top, kept, edge, V, chunks, scale, CUT=True, BLOCK=CHUNK)
+    _draw_kernel[(S,)](x, top, total, kept if cut and temperature else total, edge, uniform, tokens,
+                       logp, V, chunks, scale, GREEDY=temperature == 0,
+                       CUT=cut and temperature > 0, CHUNKS=wide, BLOCK=CHUNK)
+    if penalised is not None:  # log pi, not that of the penalised logits
+        logp = torch.log_softmax(logits * scale, -1).gather(1, tokens[:, None])[:, 0]
     return tokens, logp
 
 
@@ -286,29 +297,82 @@ if triton is not None:
                  mask=column < I)
 
     @triton.jit
-    def _chunk_kernel(x_ptr, top_ptr, total_ptr, V, chunks, scale, BLOCK: tl.constexpr):
-        """Of a chunk of logits: max x and sum e^(x - max)."""
+    def _chunk_kernel(x_ptr, top_ptr, total_ptr, edge_ptr, V, chunks, scale, CUT: tl.constexpr,
+                      BLOCK: tl.constexpr):
+        """Of a chunk of logits: max x, and sum e^(x - max), with CUT only of what reaches the edge.
+        """
         row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
         column = chunk * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row * V + column, mask=column < V, other=float("-inf")) * scale
         top = tl.max(x, 0)
-        shift = tl.where(top == float("-inf"), 0.0, top)
+        e = tl.exp(x - tl.where(top == float("-inf"), 0.0, top))
+        if CUT:
+            e = tl.where(x >= tl.load(edge_ptr + row), e, 0.0)
         tl.store(top_ptr + row * chunks + chunk, top)
-        tl.store(total_ptr + row * chunks + chunk, tl.sum(tl.exp(x - shift), 0))
+        tl.store(total_ptr + row * chunks + chunk, tl.sum(e, 0))
 
     @triton.jit
-    def _draw_kernel(x_ptr, top_ptr, total_ptr, uniform_ptr, token_ptr, logp_ptr, V, chunks, scale,
-                     GREEDY: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-        """Find the chunk in which the cumulative sum passes uniform * total, then the token in it.
+    def _reach(x_ptr, V, scale, edge, top, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+        """Sum of e^(x - top), or number, of a row's logits x >= edge."""
+        reach = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + column, mask=column < V, other=float("-inf")) * scale
+            one = 1.0 if COUNT else tl.exp(x - top)
+            reach += tl.where((x >= edge) & (column < V), one, 0.0)
+        return tl.sum(reach, 0)
+
+    @triton.jit
+    def _edge_kernel(x_ptr, top_ptr, total_ptr, edge_ptr, V, chunks, scale, top_p, top_k, min_p,
+                     TOP_P: tl.constexpr, TOP_K: tl.constexpr, MIN_P: tl.constexpr,
+                     CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+        """The least x that stays: by bisection, the largest edge that leaves k tokens, then a mass
+        of top_p of those, and log min_p below the likeliest.
         """
+        row = tl.program_id(0).to(tl.int64)
+        x_ptr += row * V
+        c = tl.arange(0, CHUNKS)
+        tops = tl.load(top_ptr + row * chunks + c, mask=c < chunks, other=float("-inf"))
+        top = tl.max(tops, 0)
+        mass = tl.load(total_ptr + row * chunks + c, mask=c < chunks, other=0.0)
+        mass = tl.sum(mass * tl.exp(tops - top), 0)
+        edge = top - 104.0  # e^-104 is 0 in float32
+        if TOP_K:
+            high = top
+            for _ in range(32):
+                middle = 0.5 * (edge + high)
+                enough = _reach(x_ptr, V, scale, middle, top, True, BLOCK) >= top_k
+                edge = tl.where(enough, middle, edge)
+                high = tl.where(enough, high, middle)
+            edge = tl.where(_reach(x_ptr, V, scale, top, top, True, BLOCK) >= top_k, top, edge)
+            mass = _reach(x_ptr, V, scale, edge, top, False, BLOCK)
+        if TOP_P:
+            high = top
+            for _ in range(32):
+                middle = 0.5 * (edge + high)
+                enough = _reach(x_ptr, V, scale, middle, top, False, BLOCK) >= top_p * mass
+                edge = tl.where(enough, middle, edge)
+                high = tl.where(enough, high, middle)
+            alone = _reach(x_ptr, V, scale, top, top, False, BLOCK) >= top_p * mass
+            edge = tl.where(alone, top, edge)
+        if MIN_P:
+            edge = tl.maximum(edge, top + tl.log(min_p))
+        tl.store(edge_ptr + row, edge)
+
+    @triton.jit
+    def _draw_kernel(x_ptr, top_ptr, total_ptr, kept_ptr, edge_ptr, uniform_ptr, token_ptr,
+                     logp_ptr, V, chunks, scale, GREEDY: tl.constexpr, CUT: tl.constexpr,
+                     CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+        """Find the chunk in which the cumulative sum passes uniform * sum, then the token in it."""
         row = tl.program_id(0).to(tl.int64)
         c = tl.arange(0, CHUNKS)
         tops = tl.load(top_ptr + row * chunks + c, mask=c < chunks, other=float("-inf"))
         top = tl.max(tops, 0)
-        mass = tl.load(total_ptr + row * chunks + c, mask=c < chunks, other=0.0).to(tl.float64)
-        mass *= tl.exp(tops - top).to(tl.float64)
-        total = tl.sum(mass, 0)
-        aim = tl.load(uniform_ptr + row) * total
+        weight = tl.exp(tops - top)
+        total = tl.load(total_ptr + row * chunks + c, mask=c < chunks, other=0.0) * weight
+        mass = tl.load(kept_ptr + row * chunks + c, mask=c < chunks, other=0.0) * weight
+        mass = mass.to(tl.float64)
+        aim = tl.load(uniform_ptr + row) * tl.sum(mass, 0)
         if GREEDY:
             chunk = tl.min(tl.where(tops == top, c, CHUNKS), 0)
         else:
@@ -319,11 +383,14 @@ if triton is not None:
         x = tl.load(x_ptr + row * V + chunk * BLOCK + i, mask=chunk * BLOCK + i < V,
                     other=float("-inf")) * scale
         if GREEDY:
-            place = tl.min(tl.where(x == top, i, BLOCK), 0)
+            place = tl.min(tl.where(x == top, i, BLOCK - 1), 0)
         else:
-            e = tl.exp(x - top).to(tl.float64)
+            e = tl.exp(x - top)
+            if CUT:
+                e = tl.where(x >= tl.load(edge_ptr + row), e, 0.0)
+            e = e.to(tl.float64)
             place = tl.sum((before + tl.cumsum(e, 0) <= aim).to(tl.int32), 0)
             place = tl.minimum(place, tl.max(tl.where(e > 0, i, 0), 0))  # rounding at the very end
         picked = tl.sum(tl.where(i == place, x, 0.0), 0)
         tl.store(token_ptr + row, (chunk * BLOCK + place).to(tl.int64))
-        tl.store(logp_ptr + row, picked - top - tl.log(total).to(tl.float32))
+        tl.store(logp_ptr + row, picked - top - tl.log(tl.sum(total, 0)))

@@ -181,13 +181,10 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
         """Draw the next token of `rows` (a slice of the slots) from their hidden states [S, H]."""
         logits = kernels.logits(hidden, model.head)  # [S, V] float32
         uniform = _uniform(state.seed[rows], state.count[rows])
-        if device.type == "cuda" and not (penalties or top_p < 1 or top_k or min_p):
-            tokens, logp = decoding.draw(logits, uniform, temperature)
-        else:
-            tokens, logp = pick(
-                logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-                penalised=penalise(logits, state.said[rows], state.prompted[rows],
-                                   presence_penalty, repetition_penalty) if penalties else None)
+        tokens, logp = (decoding.draw if device.type == "cuda" else pick)(
+            logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+            penalised=penalise(logits, state.said[rows], state.prompted[rows], presence_penalty,
+                               repetition_penalty) if penalties else None)
         going = ~state.done[rows]
         if penalties:
             state.said[rows].scatter_(1, tokens[:, None], True)

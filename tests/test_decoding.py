@@ -151,29 +151,64 @@ def test_long_and_short_sequences_together(monkeypatch):
 
 
 @pytest.mark.parametrize("V", [1, 33, 4096, 10_001])
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
-def test_draw_is_pick(V, temperature):
-    """The same token and log-prob as the plain form at the same uniform number."""
-    S = 24
+@pytest.mark.parametrize("settings", [
+    {"temperature": 1.0}, {"temperature": 0.6}, {"temperature": 0.0},
+    {"temperature": 0.0, "top_k": 3}, {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 5}, {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.8, "min_p": 0.02}], ids=str)
+def test_draw_is_pick(V, settings):
+    """The same token and log-prob as the plain form, which sorts, at the same uniform number."""
+    S, truncated = 12, len(settings) > 1
     logits = 3 * torch.randn(S, V, device=DEVICE)
     logits[::5, ::2] = float("-inf")
     logits[::5, 0] = 0.0
     uniform = torch.rand(S, dtype=torch.float64, device=DEVICE)
     uniform[:3] = torch.tensor([0.0, 0.5, 1 - 2**-52])
-    tokens, logp = decoding.draw(logits, uniform, temperature)
-    want, want_logp = sample.pick(logits, uniform, temperature=temperature)
+    tokens, logp = decoding.draw(logits, uniform, **settings)
+    want, want_logp = sample.pick(logits, uniform, **settings)
+    temperature = settings["temperature"] or 1.0
+    log_p = torch.log_softmax(logits.double() / temperature, 1)
+    mine = log_p.gather(1, tokens[:, None])[:, 0]
+    assert (logp - mine).abs().max() < 1e-5 and mine.isfinite().all()
     same = tokens == want
-    assert same.float().mean() > 0.9  # rounding may tip a draw whose uniform lies on an edge
-    assert (logp - want_logp)[same].abs().max() < 1e-5
-    p = torch.softmax(logits.double() / (temperature or 1.0), 1)
-    assert (p.gather(1, tokens[:, None]) > 0).all()
-    if temperature:  # and where it did, the uniform does lie there
-        edge = p.cumsum(1)
-        high = edge.gather(1, tokens[:, None])[:, 0]
-        low = high - p.gather(1, tokens[:, None])[:, 0]
+    if not settings["temperature"]:
+        assert same.all() and (logp - want_logp).abs().max() < 1e-5
+    elif not truncated:  # rounding may tip a draw whose uniform number lies on an edge
+        p = log_p.exp()
+        high = p.cumsum(1).gather(1, tokens[:, None])[:, 0]
+        low = high - mine.exp()
         assert ((low - 1e-5 <= uniform) & (uniform <= high + 1e-5)).all()
-    else:
-        assert same.all()
+        assert same.float().mean() > 0.6
+    else:  # in another order than pick, which sorts: of the tokens that stay
+        p, order = log_p.exp().sort(1, descending=True)
+        drop = torch.arange(V, device=DEVICE) >= settings.get("top_k", V)
+        mass = p.masked_fill(drop, 0)
+        mass = (mass / mass.sum(1, keepdim=True)).cumsum(1).roll(1, 1)
+        mass[:, 0] = 0
+        drop = drop | (mass >= settings.get("top_p", 2) + 1e-6)
+        drop = drop | (p < settings.get("min_p", 0) * p[:, :1] * (1 - 1e-5))
+        rank = (order == tokens[:, None]).nonzero()[:, 1]
+        assert not drop[torch.arange(S, device=DEVICE), rank].any()
+
+
+def test_truncation_keeps_what_it_should():
+    """Probabilities 0.4, 0.3, 0.2, 0.1 in no order, far apart in the vocabulary: exactly those that
+    each rule leaves are drawn, with the odds that they have among themselves."""
+    V, S = decoding.CHUNK + 40, 10
+    p = torch.zeros(V, dtype=torch.float64)
+    places = [decoding.CHUNK + 5, 7, 3, 4000]
+    p[places] = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    logits = p.log().float().expand(S, V).contiguous().to(DEVICE)
+    uniform = ((torch.arange(S, device=DEVICE) + 0.5) / S).double()
+    for settings, left in (({"top_p": 0.65}, 2), ({"top_p": 0.75}, 3), ({"top_k": 1}, 1),
+                           ({"top_k": 3}, 3), ({"top_k": 9}, 4), ({"min_p": 0.6}, 2),
+                           ({"top_k": 3, "top_p": 0.7}, 2), ({"top_p": 0.01}, 1),
+                           ({"top_k": 2, "min_p": 0.2}, 2), ({"top_p": 0.9999}, 4)):
+        tokens, logp = decoding.draw(logits, uniform, temperature=1.0, **settings)
+        odds = torch.bincount(tokens.cpu(), minlength=V)[places] / S
+        want = torch.tensor([0.4, 0.3, 0.2, 0.1][:left] + [0.0] * (4 - left))
+        assert (odds - want / want.sum()).abs().max() < 0.1, settings
+        assert (logp.cpu() - p[tokens.cpu()].log()).abs().max() < 1e-5  # before truncation
 
 
 def test_draws_have_the_distribution():
@@ -183,7 +218,7 @@ def test_draws_have_the_distribution():
     logits[0, decoding.CHUNK - 4:decoding.CHUNK + 4] = torch.randn(8, device=DEVICE)
     p = logits.double().softmax(1)[0]
     uniform = sample._uniform(torch.arange(S), torch.zeros(S, dtype=torch.long)).to(DEVICE)
-    tokens = torch.cat([decoding.draw(logits.expand(100, V).contiguous(), part, 1.0)[0]
+    tokens = torch.cat([decoding.draw(logits.expand(100, V).contiguous(), part, temperature=1.0)[0]
                         for part in uniform.split(100)])
     seen = torch.bincount(tokens, minlength=V)
     live = p > 1e-6
@@ -220,10 +255,15 @@ for splits in (1, 8):
           lse_ptr=f, scale="fp32")
 build(decoding._join_kernel, dict(SPLITS=8, BLOCK=128), 1, part_ptr=f, lse_ptr=f, o_ptr=b)
 build(decoding._silu_mul_kernel, dict(BLOCK=1024), x_ptr=b, y_ptr=b)
-build(decoding._chunk_kernel, dict(BLOCK=4096), x_ptr=f, top_ptr=f, total_ptr=f, scale="fp32")
-for greedy in (False, True):
-    build(decoding._draw_kernel, dict(GREEDY=greedy, CHUNKS=64, BLOCK=4096), x_ptr=f, top_ptr=f,
-          total_ptr=f, uniform_ptr=d, token_ptr=l, logp_ptr=f, scale="fp32")
+for cut in (False, True):
+    build(decoding._chunk_kernel, dict(CUT=cut, BLOCK=4096), x_ptr=f, top_ptr=f, total_ptr=f,
+          edge_ptr=f, scale="fp32")
+build(decoding._edge_kernel, dict(TOP_P=True, TOP_K=True, MIN_P=True, CHUNKS=64, BLOCK=4096), 8,
+      x_ptr=f, top_ptr=f, total_ptr=f, edge_ptr=f, scale="fp32", top_p="fp32", min_p="fp32")
+for greedy, cut in ((False, False), (False, True), (True, False)):
+    build(decoding._draw_kernel, dict(GREEDY=greedy, CUT=cut, CHUNKS=64, BLOCK=4096), x_ptr=f,
+          top_ptr=f, total_ptr=f, kept_ptr=f, edge_ptr=f, uniform_ptr=d, token_ptr=l, logp_ptr=f,
+          scale="fp32")
 for moment in (0, 1, 2):
     build(kernels._fold_kernel, dict(MOMENT=moment, BLOCK=1024), x_ptr=f, y_ptr=f, target_ptr=l,
           top_ptr=f, total_ptr=f, moment_ptr=f, picked_ptr=f, scale="fp32")

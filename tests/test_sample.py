@@ -274,23 +274,29 @@ def test_the_host_is_told(network):
     assert all(live == 4 for live, waiting in seen if waiting)
 
 
-@pytest.mark.parametrize("write", ["policy", "hybrid"])
-def test_the_kernels_of_a_gpu_draw_the_same(network, write, monkeypatch, tmp_path):
-    """The step that a GPU records, in Triton's interpreter: the same tokens from first to last."""
+@pytest.mark.parametrize("write, more", [
+    ("policy", {}), ("hybrid", {}), ("policy", TRUNCATED | {"repetition_penalty": 1.2})],
+    ids=["policy", "hybrid", "truncated"])
+def test_the_kernels_of_a_gpu_draw_the_same(network, write, more, monkeypatch, tmp_path):
+    """The step that a GPU records, in Triton's interpreter: the same tokens from first to last,
+    and log-probs that are the trainer's.
+    """
     if decoding.triton is None:
         pytest.skip("triton is not installed")
     make = network if write == "policy" else models.load(
         write_hybrid(tmp_path / "p"), dtype=torch.float32)
-    settings = dict(n=2, max_new_tokens=6, slots=5)
+    settings = dict(n=2, max_new_tokens=6, slots=5, **more)
     want = generate(make, PROMPTS[:4], **settings)
     fused = deepcopy(make)
     decoding.fuse(fused)
     monkeypatch.setattr(models.Transformer, "decode", decoding.forward)
-    monkeypatch.setattr(S, "pick", lambda logits, uniform, temperature, **_: decoding.draw(
-        logits, uniform, temperature))
+    monkeypatch.setattr(S, "pick", decoding.draw)
     got = generate(fused, PROMPTS[:4], **settings)
-    assert tokens(got) == tokens(want)
-    assert_close([s.logp for s in got], [s.logp for s in want], 1e-4)
+    if not more:  # a truncated distribution is not drawn from in the order of its odds there
+        assert tokens(got) == tokens(want)
+    pairs = [(PROMPTS[s.prompt], s.tokens) for s in got]
+    assert_close([s.logp for s in got], packed_logp(
+        make, pairs, more.get("temperature", 1.0)), 1e-4)
 
 
 def test_batch_sizes():
