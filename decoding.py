@@ -37,7 +37,8 @@ except ImportError:  # no Triton on this platform: nothing here is called
     triton = None
 
 CHUNK = 4096  # logits that a program of `draw` reads
-PROGRAMS = 1024  # of attention, at least: an H200 has 132 processors and hides latency by numbers
+PROGRAMS = 512  # of attention, at least: an H200 has 132 processors, each with room for some
+SHARE = 8  # pages that a program walks at least, where there are enough programs
 
 
 def fuse(model):
@@ -121,16 +122,18 @@ def attend_pages(q, keys, values, table, lengths):
     q [S, A, D]; keys, values [pages, page, K, D]; table [S, n]; lengths [S] -> [S, A, D].
     """
     (S, A, D), (_, page, K, _) = q.shape, keys.shape
-    splits = min(32, triton.next_power_of_2(max(1, PROGRAMS // (S * K))))
-    splits = min(splits, triton.next_power_of_2(table.shape[1]))
+    n, many = table.shape[1], S * K >= PROGRAMS
+    # enough programs for few sequences; and none that walks all of a long one while others are done
+    splits = max(PROGRAMS // (S * K), min(16, triton.cdiv(n, 2 * SHARE)), 1)
+    splits = triton.next_power_of_2(min(splits, n, 32))
     o = torch.empty_like(q)
     parts = q.new_empty(splits, S, A, D, dtype=torch.float32) if splits > 1 else o
     lse = q.new_empty(splits, S, A, dtype=torch.float32)
     wide = triton.next_power_of_2(D)
     _attend_kernel[(S, K, splits)](
-        q, keys, values, table, lengths, parts, lse, D**-0.5, S, A, K, D, table.stride(0),
+        q, keys, values, table, lengths, parts, lse, D**-0.5, S, A, K, D, n,
         GROUP=A // K, ROWS=max(16, triton.next_power_of_2(A // K)), BLOCK=max(16, wide), PAGE=page,
-        SPLITS=splits, num_warps=4, num_stages=3)
+        SPLITS=splits, LEAST=SHARE if many else 1, num_warps=4, num_stages=5)
     if splits > 1:
         _join_kernel[(S * A,)](parts, lse, o, S * A, D, SPLITS=splits, BLOCK=wide, num_warps=1)
     return o
@@ -157,9 +160,12 @@ def draw(logits, uniform, *, temperature, top_p=1.0, top_k=0, min_p=0.0, penalis
     wide, cut = triton.next_power_of_2(chunks), bool(top_p < 1 or top_k or min_p)
     _chunk_kernel[(S, chunks)](x, top, total, edge, V, chunks, scale, CUT=False, BLOCK=CHUNK)
     if cut and temperature:
-        _edge_kernel[(S,)](x, top, total, edge, V, chunks, scale, top_p, top_k, min_p,
-                           TOP_P=top_p < 1, TOP_K=top_k > 0, MIN_P=min_p > 0, CHUNKS=wide,
-                           BLOCK=CHUNK, num_warps=8)
+        if top_k:  # they are few: in order, and cut by top_p at once
+            first = x.topk(min(top_k, V)).values * scale
+            p = torch.softmax(first, 1)
+            edge = first.masked_fill(p.cumsum(1) - p >= top_p, float("inf")).amin(1)
+        _edge_kernel[(S,)](x, top, total, edge, V, chunks, scale, top_p, min_p, TOP_K=top_k > 0,
+                           TOP_P=top_p < 1, MIN_P=min_p > 0, CHUNKS=wide, BLOCK=CHUNK, num_warps=8)
         _chunk_kernel[(S, chunks)](x, top, kept, edge, V, chunks, scale, CUT=True, BLOCK=CHUNK)
     _draw_kernel[(S,)](x, top, total, kept if cut and temperature else total, edge, uniform, tokens,
                        logp, V, chunks, scale, GREEDY=temperature == 0,
@@ -233,16 +239,21 @@ if triton is not None:
         tl.store(k_ptr + (cached + j - A) * D + d, x, mask=inside & (j >= A) & (j < A + K))
         tl.store(v_ptr + (cached + j - A - K) * D + d, x, mask=inside & is_v)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["S", "n"])  # or it is compiled anew as a batch drains
     def _attend_kernel(q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, o_ptr, lse_ptr, scale, S, A, K,
-                       D, stride, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                       PAGE: tl.constexpr, SPLITS: tl.constexpr):
+                       D, n, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                       PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
         s, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         length = tl.load(length_ptr + s) + 1
         pages = (length + PAGE - 1) // PAGE
-        share = (pages + SPLITS - 1) // SPLITS
+        share = tl.maximum((pages + SPLITS - 1) // SPLITS, LEAST)
         first = split * share
         g, d, t = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, PAGE)
+        lse = lse_ptr + (split * S + s) * A + h * GROUP + g
+        if SPLITS > 1:
+            if first >= pages:
+                tl.store(lse, tl.full((ROWS,), float("-inf"), tl.float32), mask=g < GROUP)
+                return
         rows = (s * A + h * GROUP + g)[:, None] * D + d[None, :]
         real = (g < GROUP)[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + rows, mask=real, other=0.0)
@@ -250,7 +261,7 @@ if triton is not None:
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, BLOCK), tl.float32)
         for i in range(first, tl.minimum(first + share, pages)):
-            page = tl.load(table_ptr + s * stride + i).to(tl.int64)
+            page = tl.load(table_ptr + s * n + i).to(tl.int64)
             seen = i * PAGE + t < length
             at = ((page * PAGE + t) * K + h)[:, None] * D + d[None, :]
             there = seen[:, None] & (d < D)[None, :]
@@ -264,25 +275,22 @@ if triton is not None:
             total = total * old + tl.sum(e, 1)
             acc = acc * old[:, None] + tl.dot(e.to(v.dtype), v, input_precision="ieee")
             top = new_top
-        some = total > 0  # a split may have no page
-        acc = acc / tl.where(some, total, 1.0)[:, None]
         tl.store(o_ptr + split.to(tl.int64) * S * A * D + rows,
-                 acc.to(o_ptr.dtype.element_ty), mask=real)
+                 (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=real)
         if SPLITS > 1:
-            lse = tl.where(some, top + tl.log(total), float("-inf"))
-            tl.store(lse_ptr + (split * S + s) * A + h * GROUP + g, lse, mask=g < GROUP)
+            tl.store(lse, top + tl.log(total), mask=g < GROUP)
 
     @triton.jit
     def _join_kernel(part_ptr, lse_ptr, o_ptr, HEADS, D, SPLITS: tl.constexpr,
                      BLOCK: tl.constexpr):
-        """o = sum of the splits' o, each by its share of the softmax's sum."""
+        """o = sum of the splits' o, each by its share of the softmax's sum. Some have none."""
         head = tl.program_id(0).to(tl.int64)
         split, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
         lse = tl.load(lse_ptr + split * HEADS + head)
         share = tl.exp(lse - tl.max(lse, 0))
         share /= tl.sum(share, 0)
         part = tl.load(part_ptr + (split[:, None] * HEADS + head) * D + d[None, :],
-                       mask=(d < D)[None, :], other=0.0)
+                       mask=(lse > float("-inf"))[:, None] & (d < D)[None, :], other=0.0)
         o = tl.sum(part * share[:, None], 0)
         tl.store(o_ptr + head * D + d, o.to(o_ptr.dtype.element_ty), mask=d < D)
 
@@ -312,49 +320,40 @@ if triton is not None:
         tl.store(total_ptr + row * chunks + chunk, tl.sum(e, 0))
 
     @triton.jit
-    def _reach(x_ptr, V, scale, edge, top, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-        """Sum of e^(x - top), or number, of a row's logits x >= edge."""
-        reach = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, V, BLOCK):
+    def _mass(x_ptr, V, scale, edge, top, BLOCK: tl.constexpr):
+        """Sum of e^(x - top) of a row's logits x >= edge."""
+        mass = tl.zeros((BLOCK,), tl.float32)
+        for start in tl.range(0, V, BLOCK, num_stages=4):
             column = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + column, mask=column < V, other=float("-inf")) * scale
-            one = 1.0 if COUNT else tl.exp(x - top)
-            reach += tl.where((x >= edge) & (column < V), one, 0.0)
-        return tl.sum(reach, 0)
+            mass += tl.where(x >= edge, tl.exp(x - top), 0.0)
+        return tl.sum(mass, 0)
 
     @triton.jit
-    def _edge_kernel(x_ptr, top_ptr, total_ptr, edge_ptr, V, chunks, scale, top_p, top_k, min_p,
-                     TOP_P: tl.constexpr, TOP_K: tl.constexpr, MIN_P: tl.constexpr,
+    def _edge_kernel(x_ptr, top_ptr, total_ptr, edge_ptr, V, chunks, scale, top_p, min_p,
+                     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
                      CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-        """The least x that stays: by bisection, the largest edge that leaves k tokens, then a mass
-        of top_p of those, and log min_p below the likeliest.
+        """The least x that stays: what top_k has left; else, by bisection, the largest edge that
+        leaves a mass of top_p; and not further below the likeliest than min_p.
         """
         row = tl.program_id(0).to(tl.int64)
         x_ptr += row * V
         c = tl.arange(0, CHUNKS)
         tops = tl.load(top_ptr + row * chunks + c, mask=c < chunks, other=float("-inf"))
         top = tl.max(tops, 0)
-        mass = tl.load(total_ptr + row * chunks + c, mask=c < chunks, other=0.0)
-        mass = tl.sum(mass * tl.exp(tops - top), 0)
         edge = top - 104.0  # e^-104 is 0 in float32
         if TOP_K:
+            edge = tl.load(edge_ptr + row)
+        elif TOP_P:
+            mass = tl.load(total_ptr + row * chunks + c, mask=c < chunks, other=0.0)
+            aim = top_p * tl.sum(mass * tl.exp(tops - top), 0)
             high = top
             for _ in range(32):
                 middle = 0.5 * (edge + high)
-                enough = _reach(x_ptr, V, scale, middle, top, True, BLOCK) >= top_k
+                enough = _mass(x_ptr, V, scale, middle, top, BLOCK) >= aim
                 edge = tl.where(enough, middle, edge)
                 high = tl.where(enough, high, middle)
-            edge = tl.where(_reach(x_ptr, V, scale, top, top, True, BLOCK) >= top_k, top, edge)
-            mass = _reach(x_ptr, V, scale, edge, top, False, BLOCK)
-        if TOP_P:
-            high = top
-            for _ in range(32):
-                middle = 0.5 * (edge + high)
-                enough = _reach(x_ptr, V, scale, middle, top, False, BLOCK) >= top_p * mass
-                edge = tl.where(enough, middle, edge)
-                high = tl.where(enough, high, middle)
-            alone = _reach(x_ptr, V, scale, top, top, False, BLOCK) >= top_p * mass
-            edge = tl.where(alone, top, edge)
+            edge = tl.where(_mass(x_ptr, V, scale, top, top, BLOCK) >= aim, top, edge)
         if MIN_P:
             edge = tl.maximum(edge, top + tl.log(min_p))
         tl.store(edge_ptr + row, edge)

@@ -191,12 +191,11 @@ def _accumulate(total, a, b):
 @cache
 def _adds_within_the_product():
     """Whether this torch adds a 16-bit product to a float32 sum without a pass of its own."""
-    a = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
+    a = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
     try:
-        torch.addmm(a.float(), a, a, out_dtype=torch.float32)
+        return bool((torch.addmm(a.float(), a, a, out_dtype=torch.float32) == 17).all())
     except (RuntimeError, TypeError):
         return False
-    return True
 
 
 # ---- what is done to one slice of logits x [T, S]: the plain form (the oracle) ----

@@ -275,7 +275,8 @@ class Cache:
         self.users = [0] * (pages + 1)
         self.held = [[] for _ in range(slots)]  # pages of each slot
         self.host = np.zeros((slots, most), dtype=np.int32)
-        self.table, self.changed = torch.tensor(self.host, device=like.device), False
+        self.table = torch.tensor(self.host, device=like.device)
+        self.changed = 0  # rows of the table, from the first, that the device may not know
 
     def grow(self, slot, length):
         """Take pages for `length` tokens of a slot; False, and none taken, if too few are free."""
@@ -302,15 +303,18 @@ class Cache:
             self._hold(target, page)
         return self.grow(target, length)
 
-    def copy(self, source, target, length):
-        """Copy what `share` has left to be copied, once slot `source` has it."""
-        full, rest = divmod(length, self.page)
+    def copy(self, shared):
+        """Copy what `share` has left to be copied, of [(source, target, length)], once the sources
+        have it.
+        """
+        slots = [(source, target) for source, target, _ in shared]
+        pages = [(self.held[source][length // self.page], self.held[target][length // self.page])
+                 for source, target, length in shared if length % self.page]
         for pair, linear in zip(self.layers, self.linear, strict=True):
-            for x in pair:
-                if linear:
+            if rows := slots if linear else pages:
+                source, target = map(list, zip(*rows, strict=True))
+                for x in pair:
                     x[target] = x[source]
-                elif rest:
-                    x[self.held[target][full]] = x[self.held[source][full]]
 
     def release(self, slot):
         for page in self.held[slot]:
@@ -319,13 +323,13 @@ class Cache:
                 self.free.append(page)
         self.held[slot] = []
         self.host[slot] = 0
-        self.changed = True
+        self.changed = max(self.changed, slot + 1)
 
     def move(self, source, target):
         """Let slot `target`, which is released, have the sequence of slot `source`."""
         self.held[source], self.held[target] = self.held[target], self.held[source]
-        self.host[target], self.changed = self.host[source], True
-        self.host[source] = 0
+        self.host[target], self.host[source] = self.host[source], 0
+        self.changed = max(self.changed, source + 1, target + 1)
         for pair, linear in zip(self.layers, self.linear, strict=True):
             for x in pair if linear else ():
                 x[target] = x[source]
@@ -333,8 +337,8 @@ class Cache:
     def sync(self):
         """Tell the device which pages slots have now."""
         if self.changed:
-            self.table.copy_(torch.from_numpy(self.host))
-            self.changed = False
+            self.table[:self.changed].copy_(torch.from_numpy(self.host[:self.changed]))
+            self.changed = 0
 
     def places(self, slot, position):
         """(page, row in it) of tokens: slot, position [T] -> [T], [T]."""
@@ -344,7 +348,7 @@ class Cache:
         self.host[slot, len(self.held[slot])] = page
         self.held[slot].append(page)
         self.users[page] += 1
-        self.changed = True
+        self.changed = max(self.changed, slot + 1)
 
     @staticmethod
     def bytes(config, slots, tokens, dtype):

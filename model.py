@@ -381,6 +381,8 @@ class Block(nn.Module):
 
     def fuse(self):
         """Fuse what lies between the matrix products, by torch.compile; mixing stays as it is."""
+        # two kinds of layers, with and without gradients, one length and any: shared by all layers
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         self.project, self.finish = torch.compile(self.project), torch.compile(self.finish)
 
 

@@ -167,6 +167,8 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
             return
         slots = min(slots, len(queue))
     longest = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+    if device.type == "cuda":
+        decoding.fuse(model)  # before the cache takes what memory there is
     cache = mixing.Cache(model, slots, longest, pages)
     if not 0 < -(-longest // cache.page) <= len(cache.free):
         raise ValueError(f"{len(cache.free)} pages of {cache.page} tokens do not hold one sequence "
@@ -237,7 +239,6 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
         del live[left:]
 
     if device.type == "cuda":
-        decoding.fuse(model)
         step = recorded(step)
     while True:
         room = slots - len(live)
@@ -354,9 +355,8 @@ def prefill(model, cache, prompts, rows, at):
         for i, piece in enumerate(pieces[1:], 1):
             last = model.go_on(piece, cache, slot, i * memory.PREFILL)
         hidden[slot] = last[0]
-    for slot, row in enumerate(rows, at):
-        if row["from"] != slot:
-            cache.copy(row["from"], slot, len(texts[row["from"]]))
+    cache.copy([(row["from"], slot, len(texts[row["from"]]))
+                for slot, row in enumerate(rows, at) if row["from"] != slot])
     return torch.stack([hidden[row["from"]] for row in rows])
 
 
@@ -382,7 +382,8 @@ def make_room(cache, live, prompts, limits, steps):
 
 def recorded(step):
     """step(S), as a CUDA graph for each S. The first time it runs as it is: Triton compiles, cuBLAS
-    picks its kernels. The second time it is recorded, from then on replayed.
+    picks its kernels. The second time it is recorded, from then on replayed. All graphs live and
+    die together: torch may free what cuBLAS works in, which they share, when one of them goes.
     """
     graphs, pool = {}, torch.cuda.graph_pool_handle()
 
@@ -488,6 +489,7 @@ def capacity(model, prompts, max_new_tokens, wanted, slots=0):
     longest, size = max(map(len, prompts)), mixing.PAGE[kind]
     length = longest + max_new_tokens
     parts = memory.sampling(model.config, slots, length, longest, tokens=slots)
+    decoding.fuse(model)
     torch.cuda.empty_cache()  # what torch keeps for reuse is free, too
     free = 0.9 * torch.cuda.mem_get_info(model.device)[0] - (
         parts["peak"] - parts["weights"] - parts["reserve"])

@@ -141,8 +141,9 @@ def test_long_and_short_sequences_together(monkeypatch):
                 for x in (keys, values))
         p = (torch.einsum("ad,tad->at", q[s], k) / D**0.5).softmax(1)
         want.append(torch.einsum("at,tad->ad", p, v))
-    for programs in (1, 32, 1024):
+    for programs, share in ((1, 8), (1, 500), (32, 8), (1024, 8)):
         monkeypatch.setattr(decoding, "PROGRAMS", programs)
+        monkeypatch.setattr(decoding, "SHARE", share)
         got = decoding.attend_pages(q, keys, values, table, lengths)
         assert (got - torch.stack(want)).abs().max() < 1e-5
 
@@ -250,16 +251,18 @@ build(decoding._add_norm_kernel, dict(ADD=True, CENTRED=False, BLOCK=4096), 8, x
 build(decoding._place_kernel, dict(NORM=True, CENTRED=False, BLOCK=128), 1, qkv_ptr=b, q_ptr=b,
       k_ptr=b, v_ptr=b, page_ptr=l, row_ptr=l, cos_ptr=f, sin_ptr=f, qw_ptr=b, kw_ptr=b, eps="fp32")
 for splits in (1, 8):
-    build(decoding._attend_kernel, dict(GROUP=4, ROWS=16, BLOCK=128, PAGE=64, SPLITS=splits),
-          q_ptr=b, k_ptr=b, v_ptr=b, table_ptr=i, length_ptr=l, o_ptr=b if splits == 1 else f,
-          lse_ptr=f, scale="fp32")
+    build(decoding._attend_kernel,
+          dict(GROUP=4, ROWS=16, BLOCK=128, PAGE=64, SPLITS=splits, LEAST=8), stages=5, q_ptr=b,
+          k_ptr=b, v_ptr=b, table_ptr=i, length_ptr=l, o_ptr=b if splits == 1 else f, lse_ptr=f,
+          scale="fp32")
 build(decoding._join_kernel, dict(SPLITS=8, BLOCK=128), 1, part_ptr=f, lse_ptr=f, o_ptr=b)
 build(decoding._silu_mul_kernel, dict(BLOCK=1024), x_ptr=b, y_ptr=b)
 for cut in (False, True):
     build(decoding._chunk_kernel, dict(CUT=cut, BLOCK=4096), x_ptr=f, top_ptr=f, total_ptr=f,
           edge_ptr=f, scale="fp32")
-build(decoding._edge_kernel, dict(TOP_P=True, TOP_K=True, MIN_P=True, CHUNKS=64, BLOCK=4096), 8,
-      x_ptr=f, top_ptr=f, total_ptr=f, edge_ptr=f, scale="fp32", top_p="fp32", min_p="fp32")
+for k in (False, True):
+    build(decoding._edge_kernel, dict(TOP_P=True, TOP_K=k, MIN_P=True, CHUNKS=64, BLOCK=4096), 8,
+          x_ptr=f, top_ptr=f, total_ptr=f, edge_ptr=f, scale="fp32", top_p="fp32", min_p="fp32")
 for greedy, cut in ((False, False), (False, True), (True, False)):
     build(decoding._draw_kernel, dict(GREEDY=greedy, CUT=cut, CHUNKS=64, BLOCK=4096), x_ptr=f,
           top_ptr=f, total_ptr=f, kept_ptr=f, edge_ptr=f, uniform_ptr=d, token_ptr=l, logp_ptr=f,

@@ -177,7 +177,7 @@ class Slots:
             self.texts[s] = prompts[p]
             if s != first[p]:
                 assert self.cache.share(first[p], s, len(prompts[p]))
-                self.cache.copy(first[p], s, len(prompts[p]))
+                self.cache.copy([(first[p], s, len(prompts[p]))])
 
     def decode(self, count, steps=1):
         """New tokens for the first `count` slots, other ones in each."""

@@ -371,7 +371,7 @@ def test_cached_decoding(network):
     assert_near(hidden, torch.stack([network(*pack([p]))[-1] for p in prompts]))
     for source, target, length in ((4, 0, 3), (2, 3, 17)):
         assert cache.share(source, target, length)
-        cache.copy(source, target, length)
+        cache.copy([(source, target, length)])
     texts = [prompts[p] for p in (0, 2, 1, 1, 0)]  # what each slot holds
 
     def step(texts):
