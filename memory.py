@@ -15,7 +15,8 @@ on a CPU: 4):
       or head    4 w V H         gathered, its gradient, the reduction
                  + (8 + 2 w) T H + slices of the logits
       batch      4 bytes a token of the batch (CPU: 64), 64 a token of the largest minibatch
-    sampling     weights, cache (slots x longest sequence), one prefill, the draw of a token a slot
+    sampling     weights, cache (its pages, and DeltaNet's states of every slot), one prefill or the
+                 draw of a token a slot
     scoring      policy and base (or one, and the other's head), a forward pass, chunks of logits
     reserve      CUDA, NCCL, fragmentation (or Python and torch)
 

@@ -2,6 +2,7 @@
 network, a tiny policy and a tiny batch, and a way to run a command here or under torchrun."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -61,6 +62,16 @@ def write_policy(folder, seed=0, noise=0.3):
             )
     models.save(model, folder)
     return folder
+
+
+def loud(network):
+    """Random weights under which every part of a layer matters."""
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p))
+            else:
+                p.normal_(std=1.0 if "embed" in name else 0.8 / math.sqrt(p[0].numel()))
 
 
 def write_hybrid(folder, seed=0):

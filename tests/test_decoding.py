@@ -1,7 +1,6 @@
 """decoding.py: its kernels (in Triton's interpreter where there is no GPU) against model.py and
 sample.py, whose plain form is the oracle; and compiled for a GPU that is not there."""
 
-import math
 import os
 import random
 import subprocess
@@ -9,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, loud
 
 import decoding
 import mixing
@@ -40,12 +39,7 @@ def seed():
 
 def build(kind, dtype=torch.float32):
     network = M.Transformer(M.Config(**{**SHAPE, **KINDS[kind]}))
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            if p.ndim == 1:
-                p.add_(0.3 * torch.randn_like(p))
-            else:
-                p.normal_(std=1.0 if "embed" in name else 0.8 / math.sqrt(p[0].numel()))
+    loud(network)
     network = network.to(dtype)
     for name, p in network.named_parameters():
         if M.FLOAT32.search(name):

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import loud
 
 import mixing
 import model as M
@@ -130,12 +131,7 @@ def build(taps=4, **changes):
         **{"delta": M.Delta(2, 4, 8, 12, taps), "linear": (True, True, True, False)},
     }
     network = M.Transformer(M.Config(**{**shape, **changes}))
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            if p.ndim == 1:
-                p.add_(0.3 * torch.randn_like(p))
-            else:
-                p.normal_(std=1.0 if "embed" in name else 0.8 / math.sqrt(p[0].numel()))
+    loud(network)
     return network
 
 
