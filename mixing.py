@@ -189,14 +189,17 @@ class Decode:
         """q [S, A, D] over all tokens up to the new one: [S, A, D]."""
         longest = int(self.positions.max()) + 1
         pages = self.table[:, :-(-longest // self.size)].flatten()
-        # [S, K, n, D]: only that much of the cache is read
+        # [S, n, K, D]: only that much of the cache is read
         keys, values = (x.index_select(0, pages).view(len(q), -1, *x.shape[2:])[:, :longest]
-                        .transpose(1, 2) for x in (keys, values))
-        grouped = q.unflatten(1, (keys.shape[1], -1))  # a key head's queries: rows of one product
+                        for x in (keys, values))
         unseen = torch.arange(longest, device=q.device) > self.positions[:, None]
-        bias = q.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
-        o = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias[:, None, None])
-        return o.flatten(1, 2)
+        bias = q.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))[:, None]
+        queries = (q * q.shape[-1] ** -0.5).unflatten(1, (keys.shape[2], -1))
+        # a key head's queries are the rows of one product, which reads the cache in its own order
+        return torch.cat([
+            torch.baddbmm(bias, rows, k.mT).softmax(-1) @ v
+            for rows, k, v in zip(queries.unbind(1), keys.unbind(2), values.unbind(2), strict=True)
+        ], 1)
 
     def convolve(self, x, weight, memory):
         history = memory[0][:len(x)]  # [S, taps - 1, C]
