@@ -177,7 +177,7 @@ class Decode:
 
     def __init__(self, lengths, cache):
         S = len(lengths)
-        self.positions, self.table, self.size = lengths, cache.table[:S], cache.page
+        self.positions, self.table, self.cache = lengths, cache.table[:S], cache
         self.page, self.row = cache.places(torch.arange(S, device=lengths.device), lengths)
 
     def attend(self, q, k, v, memory):
@@ -188,18 +188,19 @@ class Decode:
     def attend_cached(self, q, keys, values):
         """q [S, A, D] over all tokens up to the new one: [S, A, D]."""
         longest = int(self.positions.max()) + 1
-        pages = self.table[:, :-(-longest // self.size)].flatten()
-        # [S, n, K, D]: only that much of the cache is read
-        keys, values = (x.index_select(0, pages).view(len(q), -1, *x.shape[2:])[:, :longest]
-                        for x in (keys, values))
+        pages = self.table[:, :-(-longest // self.cache.page)].flatten()
+
+        def heads(cached):  # K x [S, n, D]: only that much of the cache is read
+            rows = self.cache.gather(cached, pages).view(len(q), -1, *cached.shape[2:])
+            return rows[:, :longest].unbind(2)
+
         unseen = torch.arange(longest, device=q.device) > self.positions[:, None]
         bias = q.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))[:, None]
-        queries = (q * q.shape[-1] ** -0.5).unflatten(1, (keys.shape[2], -1))
-        # a key head's queries are the rows of one product, which reads the cache in its own order
-        return torch.cat([
-            torch.baddbmm(bias, rows, k.mT).softmax(-1) @ v
-            for rows, k, v in zip(queries.unbind(1), keys.unbind(2), values.unbind(2), strict=True)
-        ], 1)
+        # a key head's queries are the rows of one product
+        queries = (q * q.shape[-1] ** -0.5).unflatten(1, (keys.shape[2], -1)).unbind(1)
+        p = [torch.baddbmm(bias, rows, k.mT).softmax(-1)
+             for rows, k in zip(queries, heads(keys), strict=True)]
+        return torch.cat([weights @ v for weights, v in zip(p, heads(values), strict=True)], 1)
 
     def convolve(self, x, weight, memory):
         history = memory[0][:len(x)]  # [S, taps - 1, C]
@@ -280,6 +281,7 @@ class Cache:
         self.host = np.zeros((slots, most), dtype=np.int32)
         self.table = torch.tensor(self.host, device=like.device)
         self.changed = 0  # rows of the table, from the first, that the device may not know
+        self.gathered = None
 
     def grow(self, slot, length):
         """Take pages for `length` tokens of a slot; False, and none taken, if too few are free."""
@@ -346,6 +348,14 @@ class Cache:
     def places(self, slot, position):
         """(page, row in it) of tokens: slot, position [T] -> [T], [T]."""
         return self.table[slot, position // self.page].long(), position % self.page
+
+    def gather(self, x, pages):
+        """x[pages], in memory that the next call writes over: fresh memory costs a CPU more than
+        the copy.
+        """
+        if self.gathered is None or len(self.gathered) < len(pages):
+            self.gathered = x.new_empty(len(pages), *x.shape[1:])
+        return torch.index_select(x, 0, pages, out=self.gathered[:len(pages)])
 
     def _hold(self, slot, page):
         self.host[slot, len(self.held[slot])] = page
