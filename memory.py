@@ -15,6 +15,7 @@ on a CPU: 4):
       or head    4 w V H         gathered, its gradient, the reduction
                  + (8 + 2 w) T H + slices of the logits
       batch      4 bytes a token of the batch (CPU: 64), 64 a token of the largest minibatch
+      frozen     4 P / N + w (V H + T H), two blocks gathered: each policy of an exact KL
     sampling     weights, cache (its pages, and DeltaNet's states of every slot), one prefill or the
                  draw of a token a slot
     scoring      policy and base (or one, and the other's head), a forward pass, chunks of logits
@@ -84,9 +85,10 @@ def forward(config, tokens, width):
 
 
 def training(config, tokens, ranks, *, device="cuda", batch=0, step=0, recompute=True,
-             keep_attention=False):
+             keep_attention=False, frozen=0):
     """Bytes on one of `ranks` while training on micro-batches of `tokens`: {part: bytes}, the last
-    of them "peak". batch, step: tokens of the batch and of its largest minibatch.
+    of them "peak". batch, step: tokens of the batch and of its largest minibatch; frozen: policies
+    beside the one that learns, for exact KL.
     """
     d, (total, block, head) = DEVICES[device], weights(config)
     delta_heads = config.delta.v_heads if config.delta else 0
@@ -103,6 +105,10 @@ def training(config, tokens, ranks, *, device="cuda", batch=0, step=0, recompute
              "block": 10 * d.width * block + working * d.width // 2,
              "head": 4 * d.width * head + (8 + 2 * d.width) * tokens * config.hidden + logits,
              "batch": d.batch * batch + 64 * step, "reserve": d.reserve}
+    if frozen:
+        parts["frozen"] = frozen * (4 * total // ranks + d.width * (head + 2 * block)
+                                    + d.width * tokens * config.hidden)
+        parts["head"] += logits + 4 * tokens * config.hidden * frozen
     # a tied head is the embedding: gathered throughout, its gradient waits for the first layer
     resident = 2 * d.width * head if config.tied else 0
     return with_peak(parts, max(parts["block"] + resident, parts["head"]))

@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 import durable
 import hf
 from hf import Tokenizer as Tokenizer  # part of a model, for those who import this file
-from kernels import linear_logp
+from kernels import linear_kl, linear_logp
 from mixing import Decode, Onward, Packed, Prefill
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
@@ -395,8 +395,17 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.vocab, c.hidden))
 
-    def forward(self, hidden, targets, temperature, entropy):
-        return linear_logp(hidden, self.weight, targets, temperature=temperature, entropy=entropy)
+    def forward(self, hidden, *what):
+        return read(hidden, self.weight, *what)
+
+
+def read(hidden, head, targets, temperature, entropy, others):
+    """What hidden states [N, H] say of the next tokens: log-probs of targets [N], the entropy [N]
+    or None, and {name: KL to it [N]} for others = {name: (hidden, head)}.
+    """
+    logp, entropy = linear_logp(hidden, head, targets, temperature=temperature, entropy=entropy)
+    return logp, entropy, {name: linear_kl(hidden, head, *other, temperature=temperature)
+                           for name, other in others.items()}
 
 
 class Transformer(nn.Module):
@@ -474,11 +483,29 @@ class Transformer(nn.Module):
         so the first token of a sequence cannot be scored. A method of the model, so that FSDP2
         gathers a tied head around it.
         """
+        return self._read(tokens, cu_seqlens, scored, temperature, entropy, {})[:2]
+
+    def logp_kl(self, tokens, cu_seqlens, scored, others, *, temperature=1.0):
+        """logp and entropy as above, and beside them {name: KL [N]}: exact, over the vocabulary, of
+        this policy to others = {name: what `states` of another one gives for the same tokens}.
+        """
+        return self._read(tokens, cu_seqlens, scored, temperature, True, others)
+
+    def _read(self, tokens, cu_seqlens, scored, *how):
         hidden = self.forward(tokens, cu_seqlens)[scored - 1]
         if not self.config.tied:
-            return self.lm_head(hidden, tokens[scored], temperature, entropy)
-        return linear_logp(hidden, self.head, tokens[scored],
-                           temperature=temperature, entropy=entropy)
+            return self.lm_head(hidden, tokens[scored], *how)
+        return read(hidden, self.head, tokens[scored], *how)
+
+    @torch.no_grad()
+    def states(self, tokens, cu_seqlens, scored):
+        """(hidden [N, H], head [V, H]): the whole distributions from which the tokens at places
+        `scored` are chosen, for another policy to be compared with.
+        """
+        hidden = self.forward(tokens, cu_seqlens)[scored - 1]
+        if isinstance(self.head, DTensor):  # FSDP2 gathers it for a forward pass of its own alone
+            self.lm_head.unshard()
+        return hidden, self.head.detach()
 
     def value(self, tokens, cu_seqlens, scored):
         """V(s) of the states in which the tokens at places `scored` [N] are chosen: [N] float32,

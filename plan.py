@@ -105,14 +105,15 @@ def hours(config, cfg, gpus, gpu, response):
     forward = forward_flops(config, length, length) / (gpus * 0.35 * gpu.flops) / 3600
     scored, passes = 1, 0
     if isinstance(cfg, stage1.Config):
-        passes = 3 * cfg.steps
+        passes = (3 + len(cfg.frozen)) * cfg.steps
         if cfg.loss.name == "ppo":
             share = (cfg.value.prompts_per_step or cfg.train.prompts_per_step
                      ) / cfg.train.prompts_per_step
             passes, scored = passes + 3 * cfg.value.steps * share, scored + 1
     else:
         for s in cfg.signal:
-            passes += (4 if s.denominator == "evolving" else 3) * s.steps
+            once_more = (s.full or s.denominator == "evolving") + ("old" in cfg.frozen)
+            passes += (3 + once_more) * s.steps
             scored += len({s.numerator, s.denominator} - {"old", "evolving", "none"})
     return forward * n * (passes * cfg.train.prompts_per_step + scored * PROMPTS)
 
@@ -151,7 +152,7 @@ def most(config, cfg, gpus, response, room):
         step = step_tokens(cfg, response)
         return memory.training(config, cfg.train.max_tokens, gpus, step=step,
                                recompute=cfg.train.recompute,
-                               keep_attention=cfg.train.keep_attention,
+                               keep_attention=cfg.train.keep_attention, frozen=len(cfg.frozen),
                                batch=step * PROMPTS // cfg.train.prompts_per_step)
     # one sequence at a time; the rest of a GPU makes it faster
     length = max(longest for _, longest in draws(cfg)) + PROMPT

@@ -318,12 +318,13 @@ def shard(model, ranks):
         split(model.model.embed_tokens)
         split(model.lm_head)
     split(model, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "logp")
+    for method in ("logp", "logp_kl", "states"):
+        register_fsdp_forward_method(model, method)
 
 
-def memory_bound(paths, batch, train, ranks):
+def memory_bound(paths, batch, train, ranks, frozen=0):
     """Print the most memory that a rank will take while training any of the checkpoints on the
-    batch (those that are only scored take less); returns it in GiB.
+    batch (those that are only scored take less), so many frozen ones beside it; returns it in GiB.
     """
     prompts = torch.zeros(int(batch.prompt.max()) + 1, dtype=torch.long).index_add(
         0, batch.prompt.long(), batch.lengths.long())
@@ -331,7 +332,7 @@ def memory_bound(paths, batch, train, ranks):
     parts = max((memory.training(
         models.read_config(path), train.max_tokens, ranks.mesh["shard"].size(),
         device=ranks.device.type, batch=len(batch.tokens), step=step, recompute=train.recompute,
-        keep_attention=train.keep_attention) for path in paths),
+        keep_attention=train.keep_attention, frozen=frozen) for path in paths),
         key=lambda parts: parts["peak"])
     ranks.print(memory.text(parts))
     return parts["peak"] / 2**30

@@ -24,7 +24,8 @@ loss that holds the policy back only weakly, and keeps a checkpoint every few st
     mse         probability of each token fitted to the outcome: unlearns first  negative_weight
     sft         log-likelihood of the responses with reward 1                    -
     rwr         likelihood weighted by exp(tilt R): the KL-optimal target        tilt
-    each plus   kl_coef * KL_t - entropy_coef * H_t
+    each plus   kl_coef * KL_t - entropy_coef * H_t                              kl: estimated from
+                                                                                 the token, or exact
 
 What to look for in metrics.jsonl: fast gains for dozens of steps (seen by evaluating the
 checkpoints with evaluate.py), p_positive and p_negative drifting apart, entropy falling, kl_reverse
@@ -90,7 +91,9 @@ class Loss:
         "token", "token (each token weighs the same), sequence (each response) or fixed "
         "(Dr.GRPO); ce itself is always the mean over responses, its penalties follow this key")
     fixed_length: int = key(0, "average = fixed: the constant number of tokens to divide by")
-    kl: str = key("reverse", "penalty on pi_old's tokens: reverse, forward or k3 (chi^2 - KL)")
+    kl: str = key(
+        "reverse", "penalty on pi_old's tokens: reverse, forward or k3 (chi^2 - KL); or exact: "
+        "KL(pi_theta || pi_old) over the vocabulary, pi_old beside pi_theta in memory")
     kl_coef: float = key(
         0.0, "weight of the penalty; 0: weakly constrained, which is the point of stage 1")
     entropy_coef: float = key(0.0, "weight of the entropy bonus")
@@ -98,7 +101,7 @@ class Loss:
     def __post_init__(self):
         options.one_of("loss.name", self.name, READS)
         options.one_of("loss.aggregate", self.aggregate, ("sum", "mean"))
-        options.one_of("loss.kl", self.kl, losses.PENALTIES)
+        options.one_of("loss.kl", self.kl, (*losses.PENALTIES, "exact"))
         runtime.check_average(self, "loss")
         for name in ("beta", "clip_low", "clip_high", "cispo_clip", "c1_pos", "c2_pos", "c1_neg",
                      "c2_neg", "tau_pos", "tau_neg", "negative_weight", "tilt", "kl_coef"):
@@ -138,6 +141,11 @@ class Config:
         options.in_range("steps", self.steps, above=0)
         options.in_range("logprob_temperature", self.logprob_temperature, least=0)
 
+    @property
+    def frozen(self):
+        """The policies that an exact KL keeps in memory beside the one that learns."""
+        return ["old"] if self.loss.kl == "exact" and self.loss.kl_coef else []
+
 
 def main():
     cfg = options.parse(Config, __doc__)
@@ -176,7 +184,8 @@ def main():
         ranks.print("the batch was sampled with top-p or top-k; rho = pi_theta / pi_old ignores "
                     "that truncation")
 
-    run.bound = runtime.memory_bound({cfg.policy, old, reference}, batch, cfg.train, ranks)
+    run.bound = runtime.memory_bound({cfg.policy, old, reference}, batch, cfg.train, ranks,
+                                     frozen=len(cfg.frozen))
     old_logp = runtime.batch_logp(
         batch, old, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
     if batch.header["source"] == "sample" and temperature == batch.temperature:
@@ -202,6 +211,7 @@ def main():
     model = runtime.policy(cfg.policy, ranks, cfg.train)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
     run.restore(model, optimizer, cfg.optimizer)
+    frozen = {name: runtime.policy(old, ranks) for name in cfg.frozen}
     prompts = len(torch.unique(batch.prompt[kept]))
     ranks.print(f"steps {run.first + 1} to {cfg.steps} of {cfg.train.prompts_per_step} "
                 f"prompts on {ranks.world} rank(s); an epoch of {prompts} prompts is "
@@ -222,10 +232,12 @@ def main():
                                for column in (old_logp, ref_logp, advantage))  # [T]
             reward = batch.reward[micro.row].to(ranks.device)  # [B]
             micro = micro.to(ranks.device)
-            logp, entropy = model.logp(micro.tokens, micro.cu_seqlens, micro.scored,
-                                       temperature=temperature, entropy=True)
+            places = micro.tokens, micro.cu_seqlens, micro.scored
+            logp, entropy, kl = model.logp_kl(
+                *places, {name: policy.states(*places) for name, policy in frozen.items()},
+                temperature=temperature)
             loss = objective(cfg.loss, logp, old_t, ref_t, entropy, A, reward, micro.segment,
-                             count)
+                             count, kl.get("old"))
             # a micro-batch's loss is its share of the minibatch's mean, to be summed over ranks;
             # FSDP2 averages gradients over ranks, hence the factor
             (loss * ranks.world).backward()
@@ -263,10 +275,11 @@ def main():
     run.finish(steps=cfg.steps)
 
 
-def objective(c, logp, old_logp, ref_logp, entropy, advantage, reward, segment, count):
+def objective(c, logp, old_logp, ref_logp, entropy, advantage, reward, segment, count,
+              exact_kl=None):
     """One micro-batch's share of the global loss.
 
-    Token columns [T]; reward [B]; count: the global minibatch's sizes.
+    Token columns [T]; reward [B]; count: the global minibatch's sizes; exact_kl [T]: to pi_old.
     """
     match c.name:
         case "ce":
@@ -294,7 +307,8 @@ def objective(c, logp, old_logp, ref_logp, entropy, advantage, reward, segment, 
 
     loss = loss if c.name == "ce" else average(loss)
     if c.kl_coef:
-        loss = loss + c.kl_coef * average(losses.PENALTIES[c.kl](logp, old_logp))
+        loss = loss + c.kl_coef * average(
+            exact_kl if c.kl == "exact" else losses.PENALTIES[c.kl](logp, old_logp))
     if c.entropy_coef:
         loss = loss - c.entropy_coef * average(entropy)
     return loss

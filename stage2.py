@@ -22,6 +22,9 @@ numerator / denominator:
     strategy 2    MSE late / MSE early   weak teacher: away from the unlearned policy
     strategy 3    teacher / earlier      away from an earlier, weaker policy, in late rounds
     single terms  "none" on one side     ablation
+    full          teacher                KL(theta || teacher) of whole distributions, exact, in the
+                                         place of signal, whitening and clip: what the sampled
+                                         tokens of `evolving` estimate (ours)
 
 "old" is the student's start. Several [[signal]] sections follow one another on the same student and
 optimiser (the paper's teacher ensemble).
@@ -52,6 +55,9 @@ class Signal:
         "both", "on responses with reward 1 keep: both signs, positive or negative (Table 12)")
     shift_mean: bool = key(
         True, "whitening subtracts the mean (ours; the paper says only 'whitening')")
+    full: bool = key(
+        False, "minimise KL(pi_theta || numerator) over the whole vocabulary at every token; the "
+        "numerator stays in memory (ours)")
 
     def __post_init__(self):
         options.one_of("signal.keep", self.keep, ("both", "positive", "negative"))
@@ -61,6 +67,14 @@ class Signal:
                              "the current policy can only be the denominator")
         if self.numerator == self.denominator == "none":
             raise ValueError("signal: numerator and denominator cannot both be 'none'")
+        if self.full and self.numerator in ("old", "none"):
+            raise ValueError("signal.full needs a checkpoint as the numerator, "
+                             f"not {self.numerator!r}")
+
+    @property
+    def unread(self):
+        """The keys that this signal does not look at."""
+        return {"denominator", "keep", "shift_mean"} if self.full else set()
 
 
 @dataclass(frozen=True)
@@ -69,12 +83,13 @@ class Trust:
     clip_high: float = key(0.28, "upper clip (paper)")
     average: str = key("token", "token, sequence or fixed, as in stage 1")
     fixed_length: int = key(0, "average = fixed: the constant number of tokens to divide by")
-    kl: str = key("reverse", "penalty on pi_old's tokens: reverse, forward or k3")
+    kl: str = key("reverse", "penalty on pi_old's tokens: reverse, forward, k3 or exact, as in "
+                             "stage 1")
     kl_coef: float = key(0.0, "weight of the penalty (Table 5: 0.001, 0.05, 0.2)")
     entropy_coef: float = key(0.0, "weight of the entropy bonus (Table 6b: 0.5)")
 
     def __post_init__(self):
-        options.one_of("trust.kl", self.kl, losses.PENALTIES)
+        options.one_of("trust.kl", self.kl, (*losses.PENALTIES, "exact"))
         runtime.check_average(self, "trust")
         for name in ("clip_low", "clip_high", "kl_coef"):
             options.in_range(f"trust.{name}", getattr(self, name), least=0)
@@ -107,6 +122,12 @@ class Config:
                              "with its numerator and denominator")
         options.in_range("logprob_temperature", self.logprob_temperature, least=0)
 
+    @property
+    def frozen(self):
+        """The policies that an exact KL keeps in memory beside the one that learns."""
+        exact = self.trust.kl == "exact" and self.trust.kl_coef
+        return [*dict.fromkeys(s.numerator for s in self.signal if s.full), *["old"] * bool(exact)]
+
 
 def main():
     cfg = options.parse(Config, __doc__)
@@ -127,9 +148,13 @@ def main():
     if run.done:
         return ranks.print(f"{cfg.output}: already complete")
 
-    ranks.note_unread("trust", cfg.trust, cfg.trust.unread)
+    clips = set() if any(not s.full for s in cfg.signal) else {"clip_low", "clip_high"}
+    ranks.note_unread("trust", cfg.trust, cfg.trust.unread | clips)
+    for i, s in enumerate(cfg.signal):
+        ranks.note_unread(f"signal.{i}", s, s.unread)
 
-    run.bound = runtime.memory_bound({old, *names}, batch, cfg.train, ranks)
+    run.bound = runtime.memory_bound({old, *names}, batch, cfg.train, ranks,
+                                     frozen=len(cfg.frozen))
     # log-probs of the batch under every checkpoint that a signal needs, one in memory at a time
     logp_of = {"none": None, "evolving": None}
     for name in ("old", *sorted(names)):
@@ -154,6 +179,7 @@ def main():
     # while the model still is pi_old: restore() may put a later student in its place
     noise = rescoring_noise(model, batch, kept, old_logp, ranks, temperature, cfg.train)
     run.restore(model, optimizer)
+    frozen = {name: runtime.policy(old if name == "old" else name, ranks) for name in cfg.frozen}
     prompts = len(torch.unique(batch.prompt[kept]))
     ranks.print(f"steps {run.first + 1} to {last} of {cfg.train.prompts_per_step} prompts "
                 f"on {ranks.world} rank(s); an epoch of {prompts} prompts is "
@@ -170,7 +196,11 @@ def main():
         micros = list(batch.share(rows, cfg.train.max_tokens, ranks.rank, ranks.world))
 
         numerator, denominator = logp_of[signal.numerator], logp_of[signal.denominator]
-        if signal.denominator == "evolving":  # this minibatch's signal under pi_theta as it is now
+        compared = [name for name in frozen
+                    if name == "old" or signal.full and name == signal.numerator]
+        if signal.full:
+            pass  # the micro-batches compare whole distributions
+        elif signal.denominator == "evolving":  # this minibatch's signal, pi_theta as it is now
             place, theta, row = current_logp(model, micros, ranks, temperature)
             raw = raw_signal(signal, numerator, place, theta, batch.reward, row)
             arrived = float(raw.std()) <= 2 * noise  # at the teacher: only rounding is left of it
@@ -192,12 +222,15 @@ def main():
             old_t, A = (old_logp[micro.place].to(ranks.device),
                         advantage[micro.place].to(ranks.device))  # [T]
             micro = micro.to(ranks.device)
-            logp, entropy = model.logp(micro.tokens, micro.cu_seqlens, micro.scored,
-                                       temperature=temperature, entropy=True)
-            per_token = losses.grpo(logp, old_t, A,
-                                    clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high)
+            places = micro.tokens, micro.cu_seqlens, micro.scored
+            logp, entropy, kl = model.logp_kl(
+                *places, {name: frozen[name].states(*places) for name in compared},
+                temperature=temperature)
+            per_token = kl[signal.numerator] if signal.full else losses.grpo(
+                logp, old_t, A, clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high)
             if cfg.trust.kl_coef:
-                penalty = losses.PENALTIES[cfg.trust.kl](logp, old_t)
+                penalty = (kl["old"] if cfg.trust.kl == "exact" else
+                           losses.PENALTIES[cfg.trust.kl](logp, old_t))
                 per_token = per_token + cfg.trust.kl_coef * penalty
             if cfg.trust.entropy_coef:
                 per_token = per_token - cfg.trust.entropy_coef * entropy
@@ -220,11 +253,13 @@ def main():
             optimizer.step()
         optimizer.zero_grad()
 
+        if signal.full:  # for the record
+            raw, right = numerator[place] - logp, batch.reward[row] > 0
         seconds = time.perf_counter() - began
         run.log(step + 1, {
             "loss": float(total), **losses.diagnostics(
-                logp, old_logp[place], entropy, advantage[place], batch.reward, row,
-                clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high),
+                logp, old_logp[place], entropy, None if signal.full else advantage[place],
+                batch.reward, row, clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high),
             "signal_std": float(raw.std()),
             "signal_negative": float((raw[right] < 0).double().mean()), "grad_norm": grad_norm,
             "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,

@@ -179,6 +179,18 @@ def run(monkeypatch):
     return call
 
 
+def exact_kl(p, q, batch):
+    """KL(p || q) over the vocabulary at every response token of a batch, of two folders."""
+    micro = rollouts.micro_batch(batch, range(len(batch)))
+    table = []
+    for folder in (p, q):
+        model = models.load(folder, dtype=torch.float32)
+        with torch.no_grad():
+            hidden = model(micro.tokens, micro.cu_seqlens)[micro.scored - 1]
+            table.append((hidden @ model.head.T).double().log_softmax(1))
+    return (table[0].exp() * (table[0] - table[1])).sum(1)
+
+
 def command(script, *overrides, ranks=1, config=None, env=(), **options):
     """The same as a subprocess: plain python for one rank, torchrun for several."""
     launch = (

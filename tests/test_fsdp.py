@@ -169,13 +169,18 @@ def packed(vocab, part=0, parts=1):
     return torch.cat(rows), cu, scored, torch.cat(weights)
 
 
-def backward(model, part=0, parts=1):
-    """Log-probs and entropies of this part, and the gradient of its share of the loss: scaled by
-    the number of parts, as the stages do, since FSDP2 averages."""
+def backward(model, frozen, part=0, parts=1):
+    """Log-probs, entropies and exact KL of this part, and the gradient of its share of the loss:
+    scaled by the number of parts, as the stages do, since FSDP2 averages. The frozen policy is the
+    same, read at other tokens."""
     tokens, cu, scored, weight = packed(model.config.vocab, part, parts)
-    logp, entropy = model.logp(tokens, cu, scored, temperature=0.7, entropy=True)
-    ((weight * logp + 0.1 * entropy).sum() / sum(LENGTHS) * parts).backward()
-    return logp.detach(), entropy.detach()
+    for _ in range(2):  # once more: nothing that is gathered must have been lost
+        other = frozen.states((tokens + 1) % model.config.vocab, cu, scored)
+    logp, entropy, kl = model.logp_kl(tokens, cu, scored, {"other": other}, temperature=0.7)
+    assert torch.equal(logp, model.logp(tokens, cu, scored, temperature=0.7)[0])
+    ((weight * logp + 0.1 * entropy + 0.2 * kl["other"]).sum() / sum(LENGTHS) * parts).backward()
+    assert all(p.grad is None for p in frozen.parameters())
+    return logp.detach(), entropy.detach(), kl["other"].detach()
 
 
 def step(model):
@@ -220,9 +225,10 @@ def finished(result):
 def unsharded(folder, parts, save=None):
     """What one process makes of a checkpoint: of the whole at once, or part by part as the ranks
     do it, so that nothing but the sharding is compared."""
-    model = models.load(folder, dtype=torch.float32)
-    logp, entropy = (
-        in_order(v) for v in zip(*(backward(model, i, parts) for i in range(parts)), strict=True)
+    model, frozen = (models.load(folder, dtype=torch.float32) for _ in "ab")
+    logp, entropy, kl = (
+        in_order(v)
+        for v in zip(*(backward(model, frozen, i, parts) for i in range(parts)), strict=True)
     )
     for p in model.parameters():
         p.grad /= parts
@@ -230,7 +236,7 @@ def unsharded(folder, parts, save=None):
     norm = step(model)
     if save:
         models.save(model, save)
-    return {"logp": logp, "entropy": entropy, "gradients": gradients, "norm": norm}
+    return {"logp": logp, "entropy": entropy, "kl": kl, "gradients": gradients, "norm": norm}
 
 
 @pytest.fixture(scope="module")
@@ -262,13 +268,13 @@ def four(checkpoints):
 
 
 def compare(top, name, mesh, parts, expected):
-    """Log-probs and entropies of all parts, gradients and their norm, against one process: the same
-    parts tightly, the whole at once as far as float32 goes (DeltaNet's gradients cancel)."""
+    """Log-probs, entropies and KL of all parts, gradients and their norm, against one process: the
+    same parts tightly, the whole at once as far as float32 goes (DeltaNet's gradients cancel)."""
     got = [torch.load(top / f"{name}.{mesh}.{i}.pt") for i in range(parts)]
     name = name.removesuffix(".four")
     for want, tolerance in ((expected[name, parts], 1e-5), (expected[name, 1], 5e-4)):
-        assert error(in_order([g["logp"] for g in got]), want["logp"]) < 1e-5
-        assert error(in_order([g["entropy"] for g in got]), want["entropy"]) < 1e-5
+        for column in ("logp", "entropy", "kl"):
+            assert error(in_order([g[column] for g in got]), want[column]) < 1e-5, column
         assert all(g["norm"] == pytest.approx(want["norm"], rel=tolerance) for g in got)
         assert got[0]["gradients"].keys() == want["gradients"].keys()
         largest = max(g.norm() for g in want["gradients"].values())
@@ -424,14 +430,15 @@ def test_broken_checkpoint_stops_all_ranks(tmp_path, damage):
 # ---------------------------------------------------------------- what runs on the ranks
 
 
-def report(top, name, mesh, ranks, model):
+def report(top, name, mesh, ranks, model, frozen):
     """Compute, step and write; leave values and gradients for the tests above."""
-    logp, entropy = backward(model, ranks.rank, ranks.world)
+    logp, entropy, kl = backward(model, frozen, ranks.rank, ranks.world)
     gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
     rows = {n: len(p.to_local()) for n, p in model.named_parameters()}
     norm = step(model)
     models.save(model, top / f"{name}.out")
-    result = {"logp": logp, "entropy": entropy, "gradients": gradients, "norm": norm, "rows": rows}
+    result = {"logp": logp, "entropy": entropy, "kl": kl, "gradients": gradients, "norm": norm,
+              "rows": rows}
     torch.save(result, top / f"{name}.{mesh}.{ranks.rank}.pt")
 
 
@@ -440,8 +447,9 @@ def mixed_precision(top, ranks):
     load = models.load
     models.load = lambda *args, device, **options: load(*args, device="cpu", **options)
     try:
-        model = runtime.policy(
-            top / "qwen3_5", dataclasses.replace(ranks, device=torch.device("cuda"))
+        model, frozen = (
+            runtime.policy(top / "qwen3_5", dataclasses.replace(ranks, device=torch.device("cuda")))
+            for _ in "ab"
         )
     finally:
         models.load = load
@@ -454,7 +462,7 @@ def mixed_precision(top, ranks):
     for module in model.modules():
         if not list(module.children()):
             module.register_forward_pre_hook(look)
-    logp, _ = backward(model, ranks.rank, ranks.world)
+    logp, *_ = backward(model, frozen, ranks.rank, ranks.world)
     used.pop("lm_head.weight", None)  # read by logp, not called
     torch.save(
         {
@@ -511,9 +519,9 @@ def memory(top, ranks):
 def job_all(top):
     ranks = runtime.start()
     for name in SHAPES:
-        model = runtime.policy(top / name, ranks)
+        model, frozen = (runtime.policy(top / name, ranks) for _ in "ab")
         models.save(model, top / f"{name}.same")
-        report(top, name, "flat", ranks, model)
+        report(top, name, "flat", ranks, model, frozen)
     mixed_precision(top, ranks)
     memory(top, ranks)
 
@@ -526,7 +534,8 @@ def job_meshes(top):
     )
     for name in ("qwen3_5", "qwen3"):
         for mesh, ranks in (("flat", flat), ("hybrid", hybrid)):
-            report(top, f"{name}.four", mesh, ranks, runtime.policy(top / name, ranks))
+            policies = (runtime.policy(top / name, ranks) for _ in "ab")
+            report(top, f"{name}.four", mesh, ranks, *policies)
 
 
 def job_load(top):

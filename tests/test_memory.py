@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from conftest import ROOT, write_policy
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.profiler import ProfilerActivity, profile
 
 import deltanet
@@ -118,13 +117,17 @@ def within(measured, parts, loose):
 FAMILIES = ("qwen3_4b", "justrl_1_5b", "nanbeige4_3b", "qwen3_5_9b")  # tied and not, Llama to 3.5
 
 
-@pytest.mark.parametrize("family, T, vocab, recompute, keep_attention", [
-    *((family, T, vocab, True, False) for family in FAMILIES
-      for T, vocab in ((1024, 512), (3000, 512), (2048, 8192))),
-    ("qwen3_4b", 3000, 512, True, True), ("qwen3_4b", 3000, 512, False, False)])
-def test_training_stays_within_its_bound(family, T, vocab, recompute, keep_attention, tmp_path):
-    """Two steps as runtime.py sets them up: FSDP2, activation checkpointing, AdamW."""
-    model = scaled(ROOT / "configs" / family, tmp_path, vocab)
+@pytest.mark.parametrize("family, T, vocab, recompute, keep_attention, frozen", [
+    *((family, T, vocab, True, False, frozen) for family in FAMILIES
+      for T, vocab, frozen in ((1024, 512, 0), (3000, 512, 0), (2048, 8192, 0), (2048, 8192, 1))),
+    ("qwen3_4b", 3000, 512, True, True, 0), ("qwen3_4b", 3000, 512, False, False, 0),
+    ("qwen3_4b", 3000, 512, True, False, 2)])
+def test_training_stays_within_its_bound(family, T, vocab, recompute, keep_attention, frozen,
+                                         tmp_path):
+    """Two steps as runtime.py sets them up: FSDP2, activation checkpointing, AdamW; frozen policies
+    beside it for exact KL."""
+    model, *others = (scaled(ROOT / "configs" / family, tmp_path, vocab)
+                      for _ in range(1 + frozen))
     ranks = runtime.start()
     try:
         tokens = torch.randint(0, vocab, (T,))
@@ -133,23 +136,22 @@ def test_training_stays_within_its_bound(family, T, vocab, recompute, keep_atten
         def train():
             for block in model.model.layers:
                 block.recompute, block.keep_attention = recompute, keep_attention
-                fully_shard(block, mesh=ranks.mesh)
-            if not model.config.tied:
-                fully_shard(model.lm_head, mesh=ranks.mesh)
-            fully_shard(model, mesh=ranks.mesh, reshard_after_forward=False)
-            register_fsdp_forward_method(model, "logp")
+            for policy in (model, *others):
+                runtime.shard(policy, ranks)
             optimizer = runtime.adamw(model, 1e-4, [0.9, 0.95], 0.0)
             for _ in range(2):
-                logp, entropy = model.logp(tokens, cu_seqlens, torch.arange(1, T), entropy=True)
-                (logp.sum() + entropy.sum()).backward()
+                places = tokens, cu_seqlens, torch.arange(1, T)
+                logp, entropy, kl = model.logp_kl(
+                    *places, {i: other.states(*places) for i, other in enumerate(others)})
+                (logp.sum() + entropy.sum() + sum(x.sum() for x in kl.values())).backward()
                 runtime.clip_gradients(model, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
 
-        weights = 4 * memory.weights(model.config)[0]
+        weights = 4 * memory.weights(model.config)[0] * (1 + frozen)
         within(weights + peak(train), memory.training(
             model.config, T, 1, device="cpu", batch=T, step=T, recompute=recompute,
-            keep_attention=keep_attention), loose=2.2)
+            keep_attention=keep_attention, frozen=frozen), loose=2.2)
     finally:
         torch.distributed.destroy_process_group()
 

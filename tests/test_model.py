@@ -5,6 +5,7 @@ Tiny random checkpoints, weights large enough and norms far enough from 1 that a
 or a dropped norm shows.
 """
 
+import copy
 import json
 import math
 import random
@@ -358,6 +359,32 @@ def test_logp_alignment(network):
     assert_near(got, torch.stack([table[t - 1, tokens[t]] for t in scored]), 3e-5)
     assert_near(entropy, -(table.exp() * table).sum(1)[scored - 1], 3e-5)
     assert network.logp(tokens, cu_seqlens, scored)[1] is None
+
+
+def test_exact_kl(network):
+    """Of whole distributions to those of another policy, over the vocabulary, at the places that
+    logp reads; with its gradient, and none to the other policy."""
+    tokens, cu_seqlens = pack(sequences(64))
+    scored, other = torch.tensor([3, 1, 22, 60]), copy.deepcopy(network)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.0 + 0.3 * torch.randn_like(p))
+
+    def table(model):
+        return (logits(model, tokens, cu_seqlens) / 0.7).log_softmax(1)[scored - 1]
+
+    p, q = table(network), table(other).detach()
+    kl = (p.exp() * (p - q)).sum(1)
+    want = parameter_gradients(network, kl.sum())
+    places = tokens, cu_seqlens, scored
+    logp, entropy, got = network.logp_kl(
+        *places, {"it": other.states(*places), "itself": network.states(*places)}, temperature=0.7)
+    assert_near(got["it"], kl, 3e-5)
+    assert got["itself"].abs().max() < 1e-5 < kl.min()
+    assert_near(torch.stack([logp, entropy]), torch.stack(network.logp(
+        *places, temperature=0.7, entropy=True)), 1e-6)
+    assert_gradients_near(parameter_gradients(network, got["it"].sum()), want, 1e-4)
+    assert all(p.grad is None for p in other.parameters())
 
 
 def test_cached_decoding(network):

@@ -14,6 +14,7 @@ import torch
 from conftest import (
     ROOT,
     command,
+    exact_kl,
     movement_error,
     same_bits,
     weights,
@@ -130,6 +131,27 @@ def test_two_ranks_give_the_policy_of_one(run, tmp_path, policy, batch):
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for key in ("loss", "entropy", "kl_reverse", "p_positive", "grad_norm", "ratio_max"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_exact_kl_penalty(run, tmp_path):
+    """The second step's loss holds KL(pi_theta || pi_old) over the vocabulary; two ranks agree,
+    with a head of its own; nothing of pi_old's copy moves."""
+    policy = write_hybrid(tmp_path / "policy")
+    batch = write_batch(tmp_path / "batch", policy)
+    settings = ["steps=2", "loss.name=sft", "loss.kl=exact", "loss.kl_coef=3.0",
+                "train.prompts_per_step=8", "train.checkpoint_every=1"]
+    run(stage1, *arguments(policy, batch, tmp_path / "one", *settings))
+    b, after = rollouts.load(batch), tmp_path / "one/step_000001"
+    micro = rollouts.micro_batch(b, range(len(b)))
+    logp = models.load(after, dtype=torch.float32).logp(
+        micro.tokens, micro.cu_seqlens, micro.scored)[0].detach()
+    sft = losses.sft(logp, b.reward, micro.segment).mean()
+    kl = exact_kl(after, policy, b).mean()
+    first, second = (row["loss"] for row in metrics(tmp_path / "one"))
+    assert second == pytest.approx(float(sft + 3.0 * kl), rel=1e-4) and kl > 1e-3
+    result = command("stage1.py", *arguments(policy, batch, tmp_path / "two", *settings), ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert movement_error(tmp_path / "two/step_000002", tmp_path / "one/step_000002", policy) < 1e-3
 
 
 def test_state_written_by_two_ranks_is_resumed_by_one(run, tmp_path, policy, batch):

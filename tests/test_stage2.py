@@ -5,7 +5,15 @@ import math
 
 import pytest
 import torch
-from conftest import command, movement_error, same_bits, weights, write_batch, write_policy
+from conftest import (
+    command,
+    exact_kl,
+    movement_error,
+    same_bits,
+    weights,
+    write_batch,
+    write_policy,
+)
 from test_stage1 import kill_in_the_middle, metrics
 
 import losses
@@ -107,11 +115,42 @@ def test_evolving_whitens_per_minibatch_over_all_ranks(run, tmp_path, policy, ba
     assert len({x["signal_std"] for x in a}) == 3  # it changes as the student does
 
 
-@pytest.mark.parametrize("denominator", ["old", "evolving"])
+def test_whole_distributions(run, tmp_path, policy, batch, teacher, capsys):
+    """The loss is the exact KL to the teacher, a penalty that to pi_old; two ranks agree; a token
+    signal may follow; what is not read is said."""
+    full = f'signal=[{{numerator="{teacher}", full=true, denominator="none", steps=12}}]'
+    settings = [full, "train.prompts_per_step=8", "train.checkpoint_every=1"]
+    run(stage2, *arguments(batch, tmp_path / "one", teacher, "old", 12, *settings,
+                           "trust.kl=exact", "trust.kl_coef=0.5", "trust.clip_low=0.1"))
+    said = capsys.readouterr().out
+    for key in ("signal.0.denominator", "trust.clip_low"):
+        assert f"{key} is given, but these settings do not read it" in said
+    assert said.count("is given, but") == 2
+    b = rollouts.load(batch)
+    there, rows = [policy, tmp_path / "one/step_000011"], metrics(tmp_path / "one")
+    to_teacher, to_old = ([float(exact_kl(p, q, b).mean()) for p in there]
+                          for q in (teacher, policy))
+    for at, row in enumerate((rows[0], rows[11])):
+        assert row["loss"] == pytest.approx(to_teacher[at] + 0.5 * to_old[at], rel=1e-4)
+    assert to_teacher[1] < 0.8 * to_teacher[0] and to_old[1] > 0
+    assert rows[11]["signal_std"] < rows[0]["signal_std"] and "clip_high" not in rows[0]
+    both = (f'signal=[{{numerator="{teacher}", full=true, steps=2}}, '
+            f'{{numerator="{teacher}", steps=1}}]')
+    for name, ranks in (("a", 1), ("b", 2)):
+        result = command("stage2.py", *arguments(batch, tmp_path / name, teacher, "old", 3, both),
+                         ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    assert movement_error(tmp_path / "b/step_000003", tmp_path / "a/step_000003", policy) < 1e-3
+
+
+@pytest.mark.parametrize("denominator", ["old", "evolving", "full"])
 def test_killed_and_resumed_equals_uninterrupted(
     run, tmp_path, policy, batch, teacher, denominator
 ):
     more = ["train.checkpoint_every=7"]
+    if denominator == "full":
+        more += [f'signal=[{{numerator="{teacher}", full=true, steps=50}}]',
+                 "trust.kl=exact", "trust.kl_coef=0.1"]
     settings = arguments(batch, tmp_path / "killed", teacher, denominator, 50, *more)
     kill_in_the_middle("stage2.py", settings, tmp_path / "killed", 17)
     assert not (tmp_path / "killed/done.json").exists()
@@ -218,6 +257,8 @@ def test_wrong_inputs_stop_with_one_message(run, tmp_path, policy, batch, teache
         (arguments(batch, tmp_path / "x", "none", "none"), "cannot both be 'none'"),
         (arguments(batch, tmp_path / "x", "evolving", "old"), "can only be the denominator"),
         ([f"batch={batch}", f"output={tmp_path}/x"], "at least one"),
+        (arguments(batch, tmp_path / "x", "old", "none", 3, "signal.0.full=true"),
+         "signal.full needs a checkpoint"),
         (arguments(batch, tmp_path / "x", tmp_path / "nowhere"), "there is no such folder"),
         (
             arguments(batch, tmp_path / "x", teacher, "old", 3, f"policy={teacher}"),
