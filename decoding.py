@@ -16,12 +16,12 @@ products and five kernels here, and nothing in it waits for, or depends on, the 
     y @ Wdown
 
     forward(model, tokens, lengths, cache) -> hidden [S, H]            after fuse(model)
-    draw(logits, uniform) -> tokens, log-probs                         two kernels over [S, V]; by
-                                     bisection, not by sorting, where the distribution is truncated
+    draw(logits, uniform) -> tokens, log-probs       two kernels over [S, V]; where the distribution
+                                                     is truncated, one more finds the edge, unsorted
 
 Each rounds where model.py rounds, which is the oracle (tests/test_decoding.py runs the kernels in
 Triton's interpreter). Sequence lengths are read from a tensor, so that one CUDA graph of the whole
-step serves all lengths. DeltaNet layers run as model.py has them. Shapes: S sequences, A query and
+step serves all lengths. DeltaNet layers run as model.py has them, with a kernel for the rule. Shapes: S sequences, A query and
 K key heads of D, H hidden width, V vocabulary.
 """
 
@@ -39,6 +39,8 @@ except ImportError:  # no Triton on this platform: nothing here is called
 CHUNK = 4096  # logits that a program of `draw` reads
 PROGRAMS = 512  # of attention, at least: an H200 has 132 processors, each with room for some
 SHARE = 8  # pages that a program walks at least, where there are enough programs
+HEADS = 8  # that a program of `place` takes
+EDGES = 8  # of a truncation, tried at a time
 
 
 def fuse(model):
@@ -105,12 +107,12 @@ def place(attention, qkv, cos, sin, mix, memory):
     A = (qkv.shape[1] - 2 * K * D) // width
     q = qkv.new_empty(S, A, D)
     normed = a.qk_norm
-    _place_kernel[(S, A + 2 * K)](
+    _place_kernel[(S, triton.cdiv(A + 2 * K, HEADS))](
         qkv, q, keys, values, mix.page, mix.row, cos, sin,
         a.q_norm.weight if normed else qkv, a.k_norm.weight if normed else qkv,
         qkv.shape[1], A, K, D, width, keys.shape[1], cos.shape[-1],
         a.q_norm.eps if normed else 0.0, NORM=normed, CENTRED=normed and a.q_norm.zero_centred,
-        BLOCK=triton.next_power_of_2(D), num_warps=1)
+        HEADS=HEADS, BLOCK=triton.next_power_of_2(D), num_warps=4)
     if not a.gated:
         return (q,)
     return q, qkv[:, :A * width].view(S, A, width)[..., D:]
@@ -124,16 +126,18 @@ def attend_pages(q, keys, values, table, lengths):
     (S, A, D), (_, page, K, _) = q.shape, keys.shape
     n, many = table.shape[1], S * K >= PROGRAMS
     # enough programs for few sequences; and none that walks all of a long one while others are done
-    splits = max(PROGRAMS // (S * K), min(16, triton.cdiv(n, 2 * SHARE)), 1)
+    splits = max(PROGRAMS // (S * K), min(4, triton.cdiv(n, 8 * SHARE)), 1)
     splits = triton.next_power_of_2(min(splits, n, 32))
     o = torch.empty_like(q)
     parts = q.new_empty(splits, S, A, D, dtype=torch.float32) if splits > 1 else o
     lse = q.new_empty(splits, S, A, dtype=torch.float32)
     wide = triton.next_power_of_2(D)
-    _attend_kernel[(S, K, splits)](
+    # heads of a page side by side: they share its rows of memory
+    _attend_kernel[(K, splits, S)](
         q, keys, values, table, lengths, parts, lse, D**-0.5, S, A, K, D, n,
         GROUP=A // K, ROWS=max(16, triton.next_power_of_2(A // K)), BLOCK=max(16, wide), PAGE=page,
-        SPLITS=splits, LEAST=SHARE if many else 1, num_warps=4, num_stages=5)
+        SPLITS=splits, LEAST=SHARE if many else 1, num_warps=4,
+        num_stages=2 if q.element_size() * wide > 512 else 5)
     if splits > 1:
         _join_kernel[(S * A,)](parts, lse, o, S * A, D, SPLITS=splits, BLOCK=wide, num_warps=1)
     return o
@@ -165,7 +169,8 @@ def draw(logits, uniform, *, temperature, top_p=1.0, top_k=0, min_p=0.0, penalis
             p = torch.softmax(first, 1)
             edge = first.masked_fill(p.cumsum(1) - p >= top_p, float("inf")).amin(1)
         _edge_kernel[(S,)](x, top, total, edge, V, chunks, scale, top_p, min_p, TOP_K=top_k > 0,
-                           TOP_P=top_p < 1, MIN_P=min_p > 0, CHUNKS=wide, BLOCK=CHUNK, num_warps=8)
+                           TOP_P=top_p < 1, MIN_P=min_p > 0, CHUNKS=wide, EDGES=EDGES, BLOCK=1024,
+                           num_warps=8)
         _chunk_kernel[(S, chunks)](x, top, kept, edge, V, chunks, scale, CUT=True, BLOCK=CHUNK)
     _draw_kernel[(S,)](x, top, total, kept if cut and temperature else total, edge, uniform, tokens,
                        logp, V, chunks, scale, GREEDY=temperature == 0,
@@ -205,12 +210,13 @@ if triton is not None:
     @triton.jit
     def _place_kernel(qkv_ptr, q_ptr, k_ptr, v_ptr, page_ptr, row_ptr, cos_ptr, sin_ptr, qw_ptr,
                       kw_ptr, WIDTH, A, K, D, width, PAGE, half, eps, NORM: tl.constexpr,
-                      CENTRED: tl.constexpr, BLOCK: tl.constexpr):
-        """A program takes one head of one sequence: queries first, then keys, then values."""
-        d = tl.arange(0, BLOCK)
-        s, j = tl.program_id(0).to(tl.int64), tl.program_id(1) + 0 * d
-        inside = d < D
+                      CENTRED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+        """A program takes HEADS heads of one sequence: first come queries, then keys, then values.
+        """
+        s, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)[None, :]
+        j = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
         kind: tl.constexpr = q_ptr.dtype.element_ty
+        inside = (d < D) & (j < A + 2 * K)
         is_q, is_v = j < A, j >= A + K
         source = qkv_ptr + s * WIDTH + tl.where(is_q, j * width, A * width + (j - A) * D)
         # d and the dimension that it rotates with; beyond the first 2 * half none does
@@ -219,22 +225,21 @@ if triton is not None:
         y = tl.load(source + other, mask=inside, other=0.0)
         if NORM:
             x32, y32 = x.to(tl.float32), y.to(tl.float32)
-            rms = 1.0 / tl.sqrt(tl.sum(x32 * x32, 0) / D + eps)
-            w = tl.load(qw_ptr + d, mask=inside & is_q, other=0.0).to(tl.float32)
-            w += tl.load(kw_ptr + d, mask=inside & (j >= A), other=0.0).to(tl.float32)
-            u = tl.load(qw_ptr + other, mask=inside & is_q, other=0.0).to(tl.float32)
-            u += tl.load(kw_ptr + other, mask=inside & (j >= A), other=0.0).to(tl.float32)
+            rms = 1.0 / tl.sqrt(tl.sum(x32 * x32, 1) / D + eps)[:, None]
+            w = tl.where(is_q, tl.load(qw_ptr + d, mask=d < D, other=0.0),
+                         tl.load(kw_ptr + d, mask=d < D, other=0.0)).to(tl.float32)
+            u = tl.where(is_q, tl.load(qw_ptr + other, mask=d < D, other=0.0),
+                         tl.load(kw_ptr + other, mask=d < D, other=0.0)).to(tl.float32)
             x = tl.where(is_v, x, _weighed(x32, rms, w, CENTRED, kind))
             y = tl.where(is_v, y, _weighed(y32, rms, u, CENTRED, kind))
-        turns = inside & (d < 2 * half)
+        turns = d < 2 * half
         angle = s * half + tl.where(d < half, d, d - half)
         cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
         sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
         x32, y32 = x.to(tl.float32), y.to(tl.float32)
         turned = (x32 * cos + tl.where(d < half, -y32, y32) * sin).to(kind)
         x = tl.where(is_v, x, turned)
-        page, row = tl.load(page_ptr + s), tl.load(row_ptr + s)
-        cached = (page * PAGE + row) * K
+        cached = (tl.load(page_ptr + s) * PAGE + tl.load(row_ptr + s)) * K
         tl.store(q_ptr + (s * A + j) * D + d, x, mask=inside & is_q)
         tl.store(k_ptr + (cached + j - A) * D + d, x, mask=inside & (j >= A) & (j < A + K))
         tl.store(v_ptr + (cached + j - A - K) * D + d, x, mask=inside & is_v)
@@ -243,7 +248,7 @@ if triton is not None:
     def _attend_kernel(q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, o_ptr, lse_ptr, scale, S, A, K,
                        D, n, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                        PAGE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):
-        s, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        h, split, s = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
         length = tl.load(length_ptr + s) + 1
         pages = (length + PAGE - 1) // PAGE
         share = tl.maximum((pages + SPLITS - 1) // SPLITS, LEAST)
@@ -320,21 +325,22 @@ if triton is not None:
         tl.store(total_ptr + row * chunks + chunk, tl.sum(e, 0))
 
     @triton.jit
-    def _mass(x_ptr, V, scale, edge, top, BLOCK: tl.constexpr):
-        """Sum of e^(x - top) of a row's logits x >= edge."""
-        mass = tl.zeros((BLOCK,), tl.float32)
+    def _mass(x_ptr, V, scale, edges, top, EDGES: tl.constexpr, BLOCK: tl.constexpr):
+        """Sum of e^(x - top) of a row's logits x >= edge, for each of EDGES edges."""
+        mass = tl.zeros((EDGES, BLOCK), tl.float32)
         for start in tl.range(0, V, BLOCK, num_stages=4):
             column = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + column, mask=column < V, other=float("-inf")) * scale
-            mass += tl.where(x >= edge, tl.exp(x - top), 0.0)
-        return tl.sum(mass, 0)
+            mass += tl.where(x[None, :] >= edges[:, None], tl.exp(x - top)[None, :], 0.0)
+        return tl.sum(mass, 1)
 
     @triton.jit
     def _edge_kernel(x_ptr, top_ptr, total_ptr, edge_ptr, V, chunks, scale, top_p, min_p,
                      TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-                     CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-        """The least x that stays: what top_k has left; else, by bisection, the largest edge that
-        leaves a mass of top_p; and not further below the likeliest than min_p.
+                     CHUNKS: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr):
+        """The least x that stays: what top_k has left; else, by cutting an interval into EDGES
+        parts again and again, the largest edge that leaves a mass of top_p; and not further below
+        the likeliest than min_p.
         """
         row = tl.program_id(0).to(tl.int64)
         x_ptr += row * V
@@ -347,13 +353,14 @@ if triton is not None:
         elif TOP_P:
             mass = tl.load(total_ptr + row * chunks + c, mask=c < chunks, other=0.0)
             aim = top_p * tl.sum(mass * tl.exp(tops - top), 0)
-            high = top
-            for _ in range(32):
-                middle = 0.5 * (edge + high)
-                enough = _mass(x_ptr, V, scale, middle, top, BLOCK) >= aim
-                edge = tl.where(enough, middle, edge)
-                high = tl.where(enough, high, middle)
-            edge = tl.where(_mass(x_ptr, V, scale, top, top, BLOCK) >= aim, top, edge)
+            i, part = tl.arange(0, EDGES), 104.0
+            for _ in range(9):  # until the parts are as fine as float32
+                part /= EDGES
+                edges = edge + i * part  # the first of them leaves enough
+                enough = (_mass(x_ptr, V, scale, edges, top, EDGES, BLOCK) >= aim) | (i == 0)
+                edge += part * (tl.sum(enough.to(tl.int32), 0) - 1)
+            at_top = _mass(x_ptr, V, scale, top + 0.0 * i, top, EDGES, BLOCK)
+            edge = tl.where(tl.max(at_top, 0) >= aim, top, edge)
         if MIN_P:
             edge = tl.maximum(edge, top + tl.log(min_p))
         tl.store(edge_ptr + row, edge)

@@ -18,7 +18,8 @@ chunk, all rows of a chunk at once (i, j <= i its tokens):
 
 Everything but X and S is independent between chunks: batched matrix products and one triangular
 solve, in torch. The two recurrent lines walk from chunk to chunk: a loop in plain torch (the
-reference, any device) and a Triton kernel with its own backward on a GPU. All of it is float32.
+reference, any device) and a Triton kernel with its own backward on a GPU. A sampler's step is one
+kernel there, too. All of it is float32.
 
 Sequences are packed: chunks start anew at every boundary, with S = 0; nothing leaks. Shapes:
 T tokens of B sequences, C chunks of all of them, V heads.
@@ -79,14 +80,27 @@ def gated_delta_step(q, k, v, g, beta, state):
     """The recurrent rule for one token of each of S sequences.
 
     q, k [S, V, dk], v [S, V, dv], g, beta [S, V]; `state` [S, V, dk, dv] float32 is updated in
-    place. Returns o [S, V, dv] float32.
+    place, crossed once by a Triton kernel on a GPU. Returns o [S, V, dv] float32.
     """
-    q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
+    q, k, v, g, beta = (x.float().contiguous() for x in (q, k, v, g, beta))
+    step = _step_triton if triton is not None and state.is_cuda else _step
+    return step(q, k, v, g, beta, state)
+
+
+def _step(q, k, v, g, beta, state):
     state.mul_(g.exp()[..., None, None])
     error = beta[..., None] * (v - (k[..., None, :] @ state)[..., 0, :])  # [S, V, dv]
     state.view(-1, *state.shape[2:]).baddbmm_(k.flatten(0, 1)[:, :, None],
                                               error.flatten(0, 1)[:, None])
     return (q[..., None, :] @ state)[..., 0, :]
+
+
+def _step_triton(q, k, v, g, beta, state):
+    S, V, dk, dv = state.shape
+    o = torch.empty_like(v)
+    _step_kernel[(S * V, triton.cdiv(dv, 32))](
+        q, k, v, g, beta, state, o, dk, dv, DK=triton.next_power_of_2(dk), BLOCK=32, num_warps=4)
+    return o
 
 
 def _rule(q, k, v, g, beta, state, chunks):
@@ -170,6 +184,21 @@ if triton is not None:
         """Offsets of columns column0 ... of one [rows, columns] matrix of many, and which exist."""
         i, j = tl.arange(0, ROWS)[:, None], column0 + tl.arange(0, COLUMNS)[None, :]
         return matrix * rows * columns + i * columns + j, (i < rows) & (j < columns)
+
+    @triton.jit
+    def _step_kernel(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, state_ptr, o_ptr, dk, dv,
+                     DK: tl.constexpr, BLOCK: tl.constexpr):
+        head, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+        i, j = tl.arange(0, DK), column + tl.arange(0, BLOCK)
+        place, inside = _tile(head, dk, dv, column, DK, BLOCK)
+        S = tl.load(state_ptr + place, mask=inside, other=0.0) * tl.exp(tl.load(g_ptr + head))
+        q = tl.load(q_ptr + head * dk + i, mask=i < dk, other=0.0)[:, None]
+        k = tl.load(k_ptr + head * dk + i, mask=i < dk, other=0.0)[:, None]
+        v = tl.load(v_ptr + head * dv + j, mask=j < dv, other=0.0)
+        error = tl.load(beta_ptr + head) * (v - tl.sum(k * S, 0))
+        S += k * error[None, :]
+        tl.store(state_ptr + place, S, mask=inside)
+        tl.store(o_ptr + head * dv + j, tl.sum(q * S, 0), mask=j < dv)
 
     @triton.jit
     def _walk_kernel(first_ptr, count_ptr, w_ptr, k_ptr, fade_ptr, u_ptr, x_ptr, s_ptr, final_ptr,

@@ -623,7 +623,7 @@ def collect(cfg, ranks, rows, shards, todo, header):
         tokens=pages * mixing.PAGE[ranks.device.type])))
     shard_of = {row: s for s in todo for row in shards[s]}
     journal, found = {}, {}  # of the shards that this rank has taken and not written yet
-    rewards, writing, clipped = [], [], 0
+    rewards, writing, drawn, clipped = [], [], 0, 0
     began, tokens, seen = time.perf_counter(), 0, 0
     progress = tqdm(total=total, desc=f"sampling ({ranks.world} rank(s), {slots} slots each)",
                     unit="seq", disable=ranks.rank != 0, mininterval=5)
@@ -674,11 +674,13 @@ def collect(cfg, ranks, rows, shards, todo, header):
             s = shard_of[row]
             journal[s].add(row, sample, *sequence[1:])
             add(s, row, sample, sequence)
-            tokens, clipped = tokens + len(sequence.tokens), clipped + (not sequence.finished)
+            drawn, clipped = drawn + 1, clipped + (not sequence.finished)
+            tokens += len(sequence.tokens)
             progress.update(seen - progress.n)
             progress.set_postfix_str(
                 f"{tokens / (time.perf_counter() - began):.0f} tokens/s a rank, mean reward "
-                f"{sum(rewards) / max(len(rewards), 1):.3f}, truncated {clipped}", refresh=False)
+                f"{sum(rewards) / max(len(rewards), 1):.3f}, truncated {clipped / drawn:.1%}",
+                refresh=False)
             while writing and writing[0].done():
                 writing.pop(0).result()
     for written in writing:

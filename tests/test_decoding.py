@@ -233,7 +233,9 @@ import decoding, kernels
 def build(kernel, constants, warps=4, stages=3, **types):
     signature = {name: constants.get(name) is not None and "constexpr" or types.get(name, "i32")
                  for name in kernel.arg_names}
-    made = compile(ASTSource(fn=kernel, signature=signature, constexprs=constants),
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if types.get(name, "").startswith("*") or name in ("D", "H", "I", "WIDTH", "width")}
+    made = compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
                    target=GPUTarget("cuda", 90, 32),
                    options={"num_warps": warps, "num_stages": stages})
     print(kernel.__name__, made.metadata.shared)
@@ -242,21 +244,24 @@ def build(kernel, constants, warps=4, stages=3, **types):
 b, f, l, i, d = "*bf16", "*fp32", "*i64", "*i32", "*fp64"
 build(decoding._add_norm_kernel, dict(ADD=True, CENTRED=False, BLOCK=4096), 8, x_ptr=b,
       delta_ptr=b, w_ptr=b, total_ptr=b, h_ptr=b, eps="fp32")
-build(decoding._place_kernel, dict(NORM=True, CENTRED=False, BLOCK=128), 1, qkv_ptr=b, q_ptr=b,
-      k_ptr=b, v_ptr=b, page_ptr=l, row_ptr=l, cos_ptr=f, sin_ptr=f, qw_ptr=b, kw_ptr=b, eps="fp32")
-for splits in (1, 8):
+build(decoding._place_kernel, dict(NORM=True, CENTRED=False, HEADS=8, BLOCK=128), qkv_ptr=b,
+      q_ptr=b, k_ptr=b, v_ptr=b, page_ptr=l, row_ptr=l, cos_ptr=f, sin_ptr=f, qw_ptr=b, kw_ptr=b,
+      eps="fp32")
+for splits, kind, wide, stages in ((1, b, 128, 5), (8, b, 128, 5), (4, b, 256, 5), (1, f, 128, 5),
+                                   (1, f, 256, 2)):
     build(decoding._attend_kernel,
-          dict(GROUP=4, ROWS=16, BLOCK=128, PAGE=64, SPLITS=splits, LEAST=8), stages=5, q_ptr=b,
-          k_ptr=b, v_ptr=b, table_ptr=i, length_ptr=l, o_ptr=b if splits == 1 else f, lse_ptr=f,
-          scale="fp32")
+          dict(GROUP=4, ROWS=16, BLOCK=wide, PAGE=64, SPLITS=splits, LEAST=8), stages=stages,
+          q_ptr=kind, k_ptr=kind, v_ptr=kind, table_ptr=i, length_ptr=l,
+          o_ptr=kind if splits == 1 else f, lse_ptr=f, scale="fp32")
 build(decoding._join_kernel, dict(SPLITS=8, BLOCK=128), 1, part_ptr=f, lse_ptr=f, o_ptr=b)
 build(decoding._silu_mul_kernel, dict(BLOCK=1024), x_ptr=b, y_ptr=b)
 for cut in (False, True):
     build(decoding._chunk_kernel, dict(CUT=cut, BLOCK=4096), x_ptr=f, top_ptr=f, total_ptr=f,
           edge_ptr=f, scale="fp32")
 for k in (False, True):
-    build(decoding._edge_kernel, dict(TOP_P=True, TOP_K=k, MIN_P=True, CHUNKS=64, BLOCK=4096), 8,
-          x_ptr=f, top_ptr=f, total_ptr=f, edge_ptr=f, scale="fp32", top_p="fp32", min_p="fp32")
+    build(decoding._edge_kernel,
+          dict(TOP_P=True, TOP_K=k, MIN_P=True, CHUNKS=64, EDGES=8, BLOCK=1024), 8, x_ptr=f,
+          top_ptr=f, total_ptr=f, edge_ptr=f, scale="fp32", top_p="fp32", min_p="fp32")
 for greedy, cut in ((False, False), (False, True), (True, False)):
     build(decoding._draw_kernel, dict(GREEDY=greedy, CUT=cut, CHUNKS=64, BLOCK=4096), x_ptr=f,
           top_ptr=f, total_ptr=f, kept_ptr=f, edge_ptr=f, uniform_ptr=d, token_ptr=l, logp_ptr=f,

@@ -37,11 +37,14 @@ def seed():
 
 @contextmanager
 def using(form):
-    """The walk in one of its forms, on any device (Triton: in its interpreter without a GPU)."""
+    """Step and walk in one form, on any device (Triton: in its interpreter without a GPU)."""
     with pytest.MonkeyPatch.context() as patch:
         walk = deltanet._walk if form == "plain" else deltanet._Walk.apply
         patch.setattr(deltanet, "_walk", walk)
         patch.setattr(deltanet, "_Walk", SimpleNamespace(apply=walk))
+        step = deltanet._step if form == "plain" else deltanet._step_triton
+        patch.setattr(deltanet, "_step", step)
+        patch.setattr(deltanet, "_step_triton", step)
         yield
 
 
@@ -330,10 +333,10 @@ def test_bfloat16(form):
     assert_close(got, want, 1e-2)
 
 
-def test_step():
+def test_step(form):
     """The sampler's recurrence, a token of every slot at a time, is the chunked rule; the state it
     is given is updated in place, and no slot's but its own."""
-    S, T, V, dk, dv = 3, 130, 2, 6, 9
+    S, T, V, dk, dv = 3, 70, 2, 6, 41
     case = [x.unflatten(0, (S, T)) for x in inputs(S * T, V, dk, dv)]
     want, final = gated_delta_rule(*(x.flatten(0, 1) for x in case), chunks_of([T] * S))
     slots = torch.randn(S + 2, V, dk, dv, device=DEVICE)
@@ -346,7 +349,7 @@ def test_step():
     assert torch.equal(slots[S:], beyond)
 
 
-def test_step_against_float64():
+def test_step_against_float64(form):
     """One step from an arbitrary state, 16-bit inputs: the formula, in float32."""
     S, V, dk, dv = 4, 2, 5, 3
     case = [x.bfloat16() for x in inputs(S, V, dk, dv)]
@@ -401,8 +404,10 @@ from triton.compiler import ASTSource
 
 import deltanet
 
-constants = {"N": deltanet.CHUNK, "DK": 128, "BLOCK": 16}
-for kernel in (deltanet._walk_kernel, deltanet._walk_back_kernel):
+for kernel, block, warps in ((deltanet._step_kernel, 32, 4), (deltanet._walk_kernel, 16, 8),
+                             (deltanet._walk_back_kernel, 16, 8)):
+    constants = {"N": deltanet.CHUNK, "DK": 128, "BLOCK": block}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, hints = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -412,7 +417,7 @@ for kernel in (deltanet._walk_kernel, deltanet._walk_back_kernel):
         signature[name] = integers.get(name, "*fp32")
         hints[i,] = [["tt.divisibility", 16]]  # as a launch finds them
     source = ASTSource(kernel, signature, constants, hints)
-    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8})
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
     print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared)
 """
 
@@ -438,6 +443,7 @@ def test_kernels_compile(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in rows] == ["_walk_kernel", "_walk_back_kernel"]
+    assert [name for name, _, _ in rows] == [
+        "_step_kernel", "_walk_kernel", "_walk_back_kernel"]
     for name, size, shared in rows:
         assert int(size) > 0 and int(shared) <= 227 * 1024, f"{name}: {shared} bytes shared"

@@ -84,6 +84,13 @@ def test_a_micro_batch_never_waits_for_the_gpu(tmp_path, write):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def assert_near(got, want):
+    """Most tokens are as near as bfloat16 allows; in a random network some are not (over many seeds
+    of it the median was 0.02 to 0.03, nine tenths were below 0.1)."""
+    error = (got - want).float().norm(dim=1) / want.float().norm(dim=1)
+    assert error.median() < 0.06 and error.quantile(0.9) < 0.2
+
+
 @pytest.mark.parametrize("write", [write_policy, write_hybrid])
 def test_fused_in_bfloat16(tmp_path, write):
     """torch.compile keeps to the rounding of bfloat16."""
@@ -93,7 +100,7 @@ def test_fused_in_bfloat16(tmp_path, write):
         block.fuse()
     tokens, cu = torch.randint(1, 23, (300,), device="cuda"), torch.tensor([0, 90, 300])
     want = plain(tokens, cu)
-    assert (fused(tokens, cu) - want).abs().max() < 0.1 * want.abs().max()
+    assert_near(fused(tokens, cu), want)
 
 
 @pytest.mark.parametrize("dk, dv", [(128, 128), (16, 48), (20, 24)])
@@ -122,18 +129,19 @@ def test_hybrid_model_in_bfloat16(tmp_path):
     exact = models.load(folder, dtype=torch.float32, device="cuda")(tokens, cu)
     model = models.load(folder, dtype=torch.bfloat16, device="cuda")
     assert model.model.layers[0].linear_attn.decay.A_log.dtype == torch.float32
-    assert (model(tokens, cu) - exact).abs().max() < 0.1 * exact.abs().max()
+    assert_near(model(tokens, cu), exact)
     cache, slot = mixing.Cache(model, 2, 200), torch.arange(2, device="cuda")
     starts, lengths = cu[:-1], torch.tensor([60, 120], device="cuda")
     prompts = torch.cat([tokens[a : a + n] for a, n in zip(starts, lengths, strict=True)])
     bounds = torch.tensor([0, 60, 180], device="cuda")
     assert cache.grow(0, 200) and cache.grow(1, 200)
     cache.sync()
-    hidden = model.prefill(prompts, bounds, cache, slot)
-    for _ in range(10):
-        assert (hidden - exact[starts + lengths - 1]).abs().max() < 0.1 * exact.abs().max()
-        hidden = model.decode(tokens[starts + lengths], lengths, cache)
+    hidden, want = [model.prefill(prompts, bounds, cache, slot)], [exact[starts + lengths - 1]]
+    for _ in range(20):
+        hidden.append(model.decode(tokens[starts + lengths], lengths, cache))
+        want.append(exact[starts + lengths])
         lengths = lengths + 1
+    assert_near(torch.cat(hidden), torch.cat(want))
 
 
 @pytest.mark.parametrize(
