@@ -21,8 +21,8 @@ products and five kernels here, and nothing in it waits for, or depends on, the 
 
 Each rounds where model.py rounds, which is the oracle (tests/test_decoding.py runs the kernels in
 Triton's interpreter). Sequence lengths are read from a tensor, so that one CUDA graph of the whole
-step serves all lengths. DeltaNet layers run as model.py has them, with a kernel for the rule. Shapes: S sequences, A query and
-K key heads of D, H hidden width, V vocabulary.
+step serves all lengths. DeltaNet layers run as model.py has them, with a kernel for the rule.
+Shapes: S sequences, A query and K key heads of D, H hidden width, V vocabulary.
 """
 
 import torch
