@@ -39,6 +39,7 @@ import durable
 import hf
 import losses
 import options
+import rollouts
 import runtime
 from options import key
 
@@ -143,9 +144,9 @@ def pretrain(run, config, model, optimizer, batch, kept, ranks):
         total, seen = torch.zeros((), device=ranks.device), []
         for micro in batch.share(rows, settings.max_tokens, ranks.rank, ranks.world):
             run.stop_if_asked(step, model, optimizer)
-            target = batch.reward[micro.row][micro.segment].to(ranks.device)  # [T]
+            target = rollouts.send(batch.reward[micro.row][micro.segment], ranks.device)  # [T]
             micro = micro.to(ranks.device)
-            value = model.value(micro.tokens, micro.cu_seqlens, micro.scored)  # [T]
+            value = model.value(*micro.packed)  # [T]
             loss = losses.aggregate(losses.value_loss(value, target), micro.segment, tokens=tokens)
             (loss * ranks.world).backward()  # FSDP2 averages over ranks, this is to be summed
             total += loss.detach()
@@ -182,7 +183,7 @@ def score(run, config, model, optimizer, batch, ranks):
     for micro in batch.share(range(len(batch)), config.train.max_tokens, ranks.rank, ranks.world):
         run.stop_if_asked(config.steps, model, optimizer)
         micro = micro.to(ranks.device)
-        value[micro.place] = model.value(micro.tokens, micro.cu_seqlens, micro.scored)
+        value[micro.place] = model.value(*micro.packed)
     dist.all_reduce(value)  # every place was filled by one rank
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until stage 1 listens, it just ends the process
     run.stop_if_asked(config.steps, model, optimizer)

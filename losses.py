@@ -177,12 +177,11 @@ def aggregate(loss, segment, how="token", *, tokens=None, sequences=None, length
     micro-batches' results is the result on the whole; left out, they are counted here. A sequence
     is never split between micro-batches.
     """
-    B = _sequences(segment)
     if how == "token":
         return loss.sum() / _at_least_one(len(loss) if tokens is None else tokens)
-    sequences = _at_least_one(B if sequences is None else sequences)
+    sequences = _at_least_one(_sequences(segment) if sequences is None else sequences)
     if how == "sequence":
-        return (loss / _lengths(segment, B)[segment]).sum() / sequences
+        return (loss / _lengths(segment, _sequences(segment))[segment]).sum() / sequences
     if how == "fixed":
         if not length:
             raise ValueError('aggregate: how = "fixed" needs length, the constant number of tokens')

@@ -248,11 +248,14 @@ def _one_by_one(q, k, v, sizes):
     pieces = []
     with sdpa_kernel(BACKENDS, set_priority=True):
         for size, *parts in zip(sizes, *(x.split(sizes) for x in (q, k, v)), strict=True):
-            padded = (F.pad(x, (0, 0, 0, 0, 0, -size % ROUND)).transpose(0, 1)[None] for x in parts)
-            o = F.scaled_dot_product_attention(*padded, is_causal=True,
-                                               enable_gqa=q.shape[1] != k.shape[1])
-            pieces.append(o[0].transpose(0, 1)[:size])
-    return torch.cat(pieces)
+            if size % ROUND:
+                parts = [F.pad(x, (0, 0, 0, 0, 0, -size % ROUND)) for x in parts]
+            o = F.scaled_dot_product_attention(
+                *(x.transpose(0, 1).unsqueeze(0) for x in parts), is_causal=True,
+                enable_gqa=q.shape[1] != k.shape[1])
+            o = o.squeeze(0).transpose(0, 1)  # views, as their gradients are
+            pieces.append(o[:size] if size % ROUND else o)
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 class Cache:

@@ -329,14 +329,16 @@ def unit(x):
 
 
 class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); `widen` is all but the last product."""
+
     def __init__(self, c):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden, c.intermediate, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden, c.intermediate, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate, c.hidden, bias=c.mlp_bias)
 
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def widen(self, x):
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
 
 
 class Block(nn.Module):
@@ -376,14 +378,20 @@ class Block(nn.Module):
         return getattr(self, self.mixer).project(self.input_layernorm(x), cos, sin)
 
     def finish(self, x, *mixed):
+        x, wide = self.widen(x, *mixed)
+        return x + self.mlp.down_proj(wide)
+
+    def widen(self, x, *mixed):
         x = x + getattr(self, self.mixer).output(*mixed)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x, self.mlp.widen(self.post_attention_layernorm(x))
 
     def fuse(self):
-        """Fuse what lies between the matrix products, by torch.compile; mixing stays as it is."""
+        """Fuse what lies between the matrix products, by torch.compile; mixing stays as it is, and
+        so does the last product, of which the backward pass needs no more than its input.
+        """
         # two kinds of layers, with and without gradients, one length and any: shared by all layers
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        self.project, self.finish = torch.compile(self.project), torch.compile(self.finish)
+        self.project, self.widen = torch.compile(self.project), torch.compile(self.widen)
 
 
 class Head(nn.Module):
@@ -457,6 +465,7 @@ class Transformer(nn.Module):
     def _check(self, tokens, cu_seqlens):
         """Packed input -> (cu_seqlens int64, device, whether it is computed in 16 bits on a GPU).
         """
+        cu_seqlens = torch.as_tensor(cu_seqlens)  # of a list: on the host
         bounds = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
         if (tokens.ndim != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != len(tokens)
                 or any(a > b for a, b in pairwise(bounds))):
@@ -470,8 +479,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, cu_seqlens):
         """tokens [T] integer, cu_seqlens [B+1] -> last hidden states [T, H];
-        hidden[t] predicts tokens[t + 1]. cu_seqlens may stay on the CPU: then a GPU is not waited
-        for.
+        hidden[t] predicts tokens[t + 1]. cu_seqlens may be on the CPU, or a list: then a GPU is not
+        waited for.
         """
         return self._run(tokens.long(), Packed(*self._check(tokens, cu_seqlens)))
 

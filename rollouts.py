@@ -284,11 +284,24 @@ class MicroBatch:
     segment: torch.Tensor
     place: torch.Tensor
 
+    @property
+    def packed(self):
+        """(tokens, cu_seqlens, scored) for a method of the model. The boundaries as numbers: FSDP2
+        would send a tensor to the GPU, and the model, which looks at them, would wait for it.
+        """
+        return self.tokens, self.cu_seqlens.tolist(), self.scored
+
     def to(self, device):
-        """On the device, but for cu_seqlens: the model looks at it, and so need not wait."""
+        """On the device, but for cu_seqlens."""
         return MicroBatch(**{
-            name: value if name == "cu_seqlens" else value.to(device, non_blocking=True)
+            name: value if name == "cu_seqlens" else send(value, device)
             for name, value in vars(self).items()})
+
+
+def send(tensor, device):
+    """A host tensor to the device, without waiting for what runs there: from pinned memory."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def micro_batch(batch, rows):

@@ -11,7 +11,7 @@ Policy    weights in float32, sharded by FSDP2 over a node's ranks (replicated o
 Run       a folder: run.json (config, inputs, environment), config.toml, metrics.jsonl,
           step_000016/ ... (Hugging Face checkpoints), state/ (the latest resume state), done.json.
           Everything appears whole or not at all; a killed run started again goes on from its last
-          checkpoint, bit for bit at the same world size.
+          checkpoint, at the same world size and on a CPU bit for bit.
 """
 
 import contextlib
@@ -419,26 +419,26 @@ def require_tokens(batch, path):
                          "another tokenizer made this batch")
 
 
-def batch_logp(batch, path, ranks, *, temperature, max_tokens):
+def batch_logp(batch, path, ranks, train, *, temperature):
     """log pi(y_t|s_t) of the whole batch under checkpoint `path`, by the trainer's own forward:
     [T] float32, 0 on prompts.
 
     Computed once, kept as a column of the batch, found again by fingerprint and temperature. The
-    checkpoint is loaded, used and dropped.
+    checkpoint is loaded, used and dropped. It computes as `train` has the policy compute that
+    learns, compiled or not: the two round differently in bfloat16.
     """
     checkpoint = fingerprint(path, ranks)
     logp = batch.read_column(checkpoint, temperature)
     if ranks.agree(logp is None):
         require_tokens(batch, path)
-        model = policy(path, ranks)
+        model = policy(path, ranks, train)
         logp = torch.zeros(len(batch.tokens), device=ranks.device)
-        shares = list(batch.share(range(len(batch)), max_tokens, ranks.rank, ranks.world))
+        shares = list(batch.share(range(len(batch)), train.max_tokens, ranks.rank, ranks.world))
         for micro in tqdm(shares, desc=f"scoring under {path}", unit="micro-batch",
                           disable=ranks.rank != 0, mininterval=5):
             micro = micro.to(ranks.device)
             with torch.no_grad():
-                logp[micro.place] = model.logp(micro.tokens, micro.cu_seqlens, micro.scored,
-                                               temperature=temperature)[0]
+                logp[micro.place] = model.logp(*micro.packed, temperature=temperature)[0]
         dist.all_reduce(logp)  # every place was filled by one rank
         logp = logp.cpu()
         if not logp.isfinite().all():

@@ -186,14 +186,13 @@ def main():
 
     run.bound = runtime.memory_bound({cfg.policy, old, reference}, batch, cfg.train, ranks,
                                      frozen=len(cfg.frozen))
-    old_logp = runtime.batch_logp(
-        batch, old, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
+    old_logp = runtime.batch_logp(batch, old, ranks, cfg.train, temperature=temperature)
     if batch.header["source"] == "sample" and temperature == batch.temperature:
         gap = (old_logp - batch.sampler_logp)[batch.response].abs()
         ranks.print(f"sampler and trainer log-probs differ by {gap.mean():.2g} on average, "
                     f"{gap.max():.2g} at most")
     ref_logp = old_logp if inputs["reference"] == inputs["old"] else runtime.batch_logp(
-        batch, reference, ranks, temperature=temperature, max_tokens=cfg.train.max_tokens)
+        batch, reference, ranks, cfg.train, temperature=temperature)
 
     # A_t at its place in the batch's token columns
     if cfg.loss.name == "ppo":
@@ -211,7 +210,7 @@ def main():
     model = runtime.policy(cfg.policy, ranks, cfg.train)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
     run.restore(model, optimizer, cfg.optimizer)
-    frozen = {name: runtime.policy(old, ranks) for name in cfg.frozen}
+    frozen = {name: runtime.policy(old, ranks, cfg.train) for name in cfg.frozen}
     prompts = len(torch.unique(batch.prompt[kept]))
     ranks.print(f"steps {run.first + 1} to {cfg.steps} of {cfg.train.prompts_per_step} "
                 f"prompts on {ranks.world} rank(s); an epoch of {prompts} prompts is "
@@ -228,14 +227,13 @@ def main():
         # every rank has the same number of micro-batches, at least one (perhaps empty)
         for micro in batch.share(rows, cfg.train.max_tokens, ranks.rank, ranks.world):
             run.stop_if_asked(step, model, optimizer)
-            old_t, ref_t, A = (column[micro.place].to(ranks.device)
+            old_t, ref_t, A = (rollouts.send(column[micro.place], ranks.device)
                                for column in (old_logp, ref_logp, advantage))  # [T]
-            reward = batch.reward[micro.row].to(ranks.device)  # [B]
+            reward = rollouts.send(batch.reward[micro.row], ranks.device)  # [B]
             micro = micro.to(ranks.device)
-            places = micro.tokens, micro.cu_seqlens, micro.scored
             logp, entropy, kl = model.logp_kl(
-                *places, {name: policy.states(*places) for name, policy in frozen.items()},
-                temperature=temperature)
+                *micro.packed, {name: other.states(*micro.packed)
+                                for name, other in frozen.items()}, temperature=temperature)
             loss = objective(cfg.loss, logp, old_t, ref_t, entropy, A, reward, micro.segment,
                              count, kl.get("old"))
             # a micro-batch's loss is its share of the minibatch's mean, to be summed over ranks;

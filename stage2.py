@@ -158,9 +158,8 @@ def main():
     # log-probs of the batch under every checkpoint that a signal needs, one in memory at a time
     logp_of = {"none": None, "evolving": None}
     for name in ("old", *sorted(names)):
-        logp_of[name] = runtime.batch_logp(batch, old if name == "old" else name, ranks,
-                                           temperature=temperature,
-                                           max_tokens=cfg.train.max_tokens)
+        logp_of[name] = runtime.batch_logp(batch, old if name == "old" else name, ranks, cfg.train,
+                                           temperature=temperature)
     old_logp = logp_of["old"]
 
     # the signal needs no reward: rows that the grader could not decide stay in
@@ -179,7 +178,8 @@ def main():
     # while the model still is pi_old: restore() may put a later student in its place
     noise = rescoring_noise(model, batch, kept, old_logp, ranks, temperature, cfg.train)
     run.restore(model, optimizer)
-    frozen = {name: runtime.policy(old if name == "old" else name, ranks) for name in cfg.frozen}
+    frozen = {name: runtime.policy(old if name == "old" else name, ranks, cfg.train)
+              for name in cfg.frozen}
     prompts = len(torch.unique(batch.prompt[kept]))
     ranks.print(f"steps {run.first + 1} to {last} of {cfg.train.prompts_per_step} prompts "
                 f"on {ranks.world} rank(s); an epoch of {prompts} prompts is "
@@ -219,12 +219,11 @@ def main():
         total, seen = torch.zeros((), device=ranks.device), []
         for micro in micros:
             run.stop_if_asked(step, model, optimizer)
-            old_t, A = (old_logp[micro.place].to(ranks.device),
-                        advantage[micro.place].to(ranks.device))  # [T]
+            old_t, A = (rollouts.send(column[micro.place], ranks.device)
+                        for column in (old_logp, advantage))  # [T]
             micro = micro.to(ranks.device)
-            places = micro.tokens, micro.cu_seqlens, micro.scored
             logp, entropy, kl = model.logp_kl(
-                *places, {name: frozen[name].states(*places) for name in compared},
+                *micro.packed, {name: frozen[name].states(*micro.packed) for name in compared},
                 temperature=temperature)
             per_token = kl[signal.numerator] if signal.full else losses.grpo(
                 logp, old_t, A, clip_low=cfg.trust.clip_low, clip_high=cfg.trust.clip_high)
@@ -287,7 +286,7 @@ def current_logp(model, micros, ranks, temperature):
     seen = []
     for micro in micros:
         micro = micro.to(ranks.device)
-        logp, _ = model.logp(micro.tokens, micro.cu_seqlens, micro.scored, temperature=temperature)
+        logp, _ = model.logp(*micro.packed, temperature=temperature)
         seen.append((micro.place, logp, micro.row[micro.segment]))
     model.reshard()  # backward would do it; else the gathered weights outlive the next update
     return tuple(ranks.gather(torch.cat(column)).cpu() for column in zip(*seen, strict=True))

@@ -169,6 +169,7 @@ def run(monkeypatch):
             *map(str, overrides),
         ]
         monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # float32, and ranks enough
         try:
             module.main()
         finally:
@@ -211,7 +212,7 @@ def command(script, *overrides, ranks=1, config=None, env=(), **options):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, **dict(env)},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **dict(env)},
         timeout=300,
         **options,
     )

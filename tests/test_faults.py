@@ -26,6 +26,7 @@ import sample
 import stage1
 
 QUICK = ["train.prompts_per_step=4", "train.lr=1e-3", "train.max_tokens=64", "loss.name=grpo"]
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -36,7 +37,7 @@ def arguments(policy, batch, output, *more):
 def launch(*options, settings):
     return subprocess.Popen(
         [*TORCHRUN, *options, str(ROOT / "stage1.py"), "--set", *settings], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def steps_done(folder):
@@ -185,7 +186,7 @@ def limited(settings, size):
     """stage1.py on a disk that takes no file above `size` bytes."""
     return subprocess.run(
         [sys.executable, str(ROOT / "stage1.py"), "--set", *settings], cwd=ROOT, text=True,
-        capture_output=True, timeout=120,
+        capture_output=True, timeout=120, env=ENVIRONMENT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 

@@ -213,7 +213,8 @@ def torchrun(ranks, job, folder, *, timeout=120):
         text=True,
         cwd=ROOT,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+             "CUDA_VISIBLE_DEVICES": ""},
     )
 
 

@@ -1,6 +1,7 @@
 """memory.py: its arithmetic against what autograd keeps, and against the peak of whole training
 steps, sampling and scoring as the CPU's allocator sees them."""
 
+import gc
 import json
 import random
 import weakref
@@ -98,6 +99,7 @@ def scaled(folder, tmp_path, vocab):
 def peak(work):
     """The most bytes of tensors that `work` holds above what there was, by the allocator's events.
     """
+    gc.collect()  # what earlier tests have left must not be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
