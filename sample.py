@@ -108,6 +108,7 @@ class Slots:
     count: torch.Tensor    # [S] tokens of the response
     limit: torch.Tensor    # [S] that it may have
     seed: torch.Tensor     # [S]
+    uniform: torch.Tensor  # [S, LOOK] of the next draws
     done: torch.Tensor     # [S] bool: nothing more is drawn
     tokens: torch.Tensor   # [S, LOOK] drawn since the host looked
     logp: torch.Tensor     # [S, LOOK]
@@ -120,7 +121,8 @@ class Slots:
         def rows(*shape, dtype=torch.long):
             return torch.zeros(slots, *shape, dtype=dtype, device=device)
 
-        return cls(*(rows() for _ in range(5)), rows(dtype=torch.bool) | True, rows(look),
+        return cls(*(rows() for _ in range(5)), rows(look, dtype=torch.float64),
+                   rows(dtype=torch.bool) | True, rows(look),
                    rows(look, dtype=torch.float32), torch.zeros(1, dtype=torch.long, device=device),
                    rows(V, dtype=torch.bool), rows(V, dtype=torch.bool))
 
@@ -177,12 +179,12 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
     look = LOOK[device.type]
     state = Slots.empty(slots, len(model.head) if penalties else 0, look, device)
     stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
+    ahead = torch.arange(look, device=device)
     live = []  # one dict a slot, slots 0 .. len(live) - 1
 
-    def draw(hidden, rows):
+    def draw(hidden, rows, uniform):
         """Draw the next token of `rows` (a slice of the slots) from their hidden states [S, H]."""
         logits = kernels.logits(hidden, model.head)  # [S, V] float32
-        uniform = _uniform(state.seed[rows], state.count[rows])
         tokens, logp = (decoding.draw if device.type == "cuda" else pick)(
             logits, uniform, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
             penalised=penalise(logits, state.said[rows], state.prompted[rows], presence_penalty,
@@ -203,7 +205,7 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
         one_more = decoding.forward if device.type == "cuda" else type(model).decode
         hidden = one_more(model, state.token[rows], state.length[rows], cache)
         state.length[rows] += ~state.done[rows]
-        draw(hidden, rows)
+        draw(hidden, rows, state.uniform[rows].index_select(1, state.column)[:, 0])
         state.column += 1
 
     def collect(rows, at, steps):
@@ -268,7 +270,8 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
                     state.prompted[i, torch.tensor(prompts[row["prompt"]], device=device)] = True
                     state.said[i, torch.tensor(row["tokens"], dtype=torch.long,
                                                device=device)] = True
-            draw(prefill(model, cache, prompts, new, at), here)
+            draw(prefill(model, cache, prompts, new, at), here,
+                 _uniform(state.seed[here], state.count[here]))
             live += new
             collect(new, at, 1)
         else:
@@ -280,6 +283,7 @@ def stream(model, prompts, *, n, max_new_tokens, temperature, top_p, top_k, min_
             if waiting:
                 leave(waiting)
             cache.sync()
+            state.uniform.copy_(_uniform(state.seed[:, None], state.count[:, None] + ahead))
             if watch:
                 watch(len(live), len(queue))
             for _ in range(steps):
@@ -467,7 +471,7 @@ def _seed(seed, prompt_id, sample):
 def _uniform(seeds, positions):
     """52 random bits in [0, 1) from (sequence seed, position): splitmix64's finaliser.
 
-    int64 [S], [S] -> float64 [S]
+    int64, int64 of shapes that broadcast -> float64
     """
     def logical_shift(x, bits):
         return (x >> bits) & ((1 << (64 - bits)) - 1)
