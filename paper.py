@@ -213,6 +213,7 @@ FIGURES = {  # name of the picture: (experiment, how it is drawn)
     "rounds": ("table2", rounds),
     "signals": ("table7", bars),
     "ensembles": ("table8", bars),
+    "full": ("full", frontier),
 }
 
 
