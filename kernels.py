@@ -17,7 +17,9 @@ gradients g (of logp) and h (of s),
     d/dx_tv   = g_t (1[v = target_t] - p_tv) - h_t p_tv (y_tv - E_p[y_t]).
 
 The vocabulary is walked in slices. The forward pass folds each slice of logits into a running
-(max, sum, sum p y, target logit) per token, as online softmax does; the backward pass recomputes
+(max, sum, sum p y, target logit) per token, as online softmax does. Float32 leaves a logit of 100
+five digits behind the point, too few for lse and E_p[y], so both are counted from the likeliest
+token: lse = top + rest, and y from its value there, the origin. The backward pass recomputes
 the slice, turns it into d/dx, and multiplies once for d hidden (accumulated in float32) and once
 for that slice's rows of d head, each of which is one product over all T tokens. Matrix products are
 torch's; what is done to a slice between them is one Triton pass on a GPU and the same arithmetic in
@@ -112,16 +114,16 @@ class _Linear(torch.autograd.Function):
             fold(x, y, scale, targets - rows.start, moment, sums)
             if q is not None:
                 fold(y, None, scale, targets - rows.start, False, sums_q)
-        lse, mean = sums.top + sums.total.log(), sums.moment / sums.total  # mean: E_p[y]
-        ctx.save_for_backward(hidden, head, targets, lse, mean, *(q or ()))
+        rest, mean = sums.total.log(), sums.moment / sums.total  # mean: E_p[y] - origin
+        ctx.save_for_backward(hidden, head, targets, sums.top, rest, sums.origin, mean, *(q or ()))
         ctx.scale, ctx.moment = scale, moment
         lse_q = sums_q.top + sums_q.total.log()
         ctx.mark_non_differentiable(lse_q)
-        return sums.picked - lse, lse - mean, lse_q
+        return sums.picked - sums.top - rest, sums.top - sums.origin + rest - mean, lse_q
 
     @staticmethod
     def backward(ctx, g, h, _):
-        hidden, head, targets, lse, mean, *q = ctx.saved_tensors
+        hidden, head, targets, top, rest, origin, mean, *q = ctx.saved_tensors
         T, q, (need_hidden, need_head) = len(hidden), q or None, ctx.needs_input_grad[:2]
         d_hidden = (torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
                     if need_hidden else None)
@@ -130,7 +132,8 @@ class _Linear(torch.autograd.Function):
         room = hidden.new_empty(T * _width(T, len(head), q))
         for rows, x, y in _logits(hidden, head, q):
             dx = room[:x.numel()].view(x.shape)
-            grad(x, y, ctx.scale, targets - rows.start, lse, mean, g, h, ctx.moment, dx)
+            grad(x, y, ctx.scale, targets - rows.start, top, rest, origin, mean, g, h, ctx.moment,
+                 dx)
             if need_hidden:
                 _accumulate(d_hidden, dx, head[rows])
             if need_head and hidden.is_cuda:  # summed in float32, rounded once
@@ -146,8 +149,9 @@ class _Sums:
 
     def __init__(self, hidden):
         self.top = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)  # max x
-        # sum e^(x - top), sum e^(x - top) y, x[target]
-        self.total, self.moment, self.picked = (torch.zeros_like(self.top) for _ in range(3))
+        # sum e^(x - top), sum e^(x - top) (y - origin), y where x is top, x[target]
+        self.total, self.moment, self.origin, self.picked = (
+            torch.zeros_like(self.top) for _ in range(4))
 
 
 def _width(T, V, q):
@@ -167,8 +171,20 @@ def _logits(hidden, head, q):
     for start in range(0, V, width):
         rows = slice(start, min(start + width, V))
         shape = T, rows.stop - rows.start
-        x = _product(hidden, head[rows].T, out=room[:math.prod(shape)].view(shape))
-        yield rows, x, q and _product(q[0], q[1][rows].T, out=room_q[:x.numel()].view(shape))
+        x = _logits_of(hidden, head[rows], room[:math.prod(shape)].view(shape))
+        yield rows, x, q and _logits_of(q[0], q[1][rows], room_q[:x.numel()].view(shape))
+
+
+def _logits_of(hidden, head, out):
+    """hidden @ head.T in float32. Of float32 factors 64 terms at a time, whose sums are small and
+    round less: at logits of 100 the precision of every gradient rests on these products.
+    """
+    if hidden.dtype != torch.float32 and hidden.is_cuda:
+        return _product(hidden, head.T, out=out)
+    for start in range(0, hidden.shape[1], 64):
+        a, b = (m[:, start:start + 64].float() for m in (hidden, head))
+        torch.addmm(out, a, b.T, beta=min(start, 1), out=out)
+    return out
 
 
 def _product(a, b, out=None):
@@ -207,26 +223,33 @@ def _fold(x, y, scale, target, moment, sums):
     `target` counts from the slice's first column.
     """
     x = x * scale
-    y = x if y is None else x - y * scale
     top = torch.maximum(sums.top, x.amax(1))
     shift = torch.where(top.isneginf(), 0.0, top)  # a slice (or row) of -inf gives no nan
     old = torch.exp(sums.top - shift)
     e = torch.exp(x - shift[:, None])  # [T, S]
+    if moment:
+        y = x if y is None else x - y * scale
+        there = y.gather(1, x.argmax(1, keepdim=True))[:, 0]
+        origin = torch.where((top > sums.top) & there.isfinite(), there, sums.origin)
+        # what was counted from the old origin, counted from the new; 0 * -inf counts as 0
+        sums.moment.add_(sums.total * (sums.origin - origin)).mul_(old)
+        sums.moment.add_(torch.where(e > 0, e * (y - origin[:, None]), 0.0).sum(1))
+        sums.origin.copy_(origin)
     sums.total.mul_(old).add_(e.sum(1))
-    if moment:  # 0 * -inf counts as 0
-        sums.moment.mul_(old).add_(torch.where(e > 0, e * y, 0.0).sum(1))
     here = (target >= 0) & (target < x.shape[1])
     column = target.clamp(0, x.shape[1] - 1)[:, None]
     sums.picked.add_(torch.where(here, x.gather(1, column)[:, 0], 0.0))
     sums.top.copy_(top)
 
 
-def _grad(x, y, scale, target, lse, mean, g, h, moment, dx):
+def _grad(x, y, scale, target, top, rest, origin, mean, g, h, moment, dx):
     """d loss / d (hidden @ head.T) of a slice, [T, S], into dx."""
     x = x * scale
     y = x if y is None else x - y * scale
-    p = torch.exp(x - lse[:, None])
-    slope = g[:, None] + h[:, None] * (y - mean[:, None]) if moment else g[:, None]
+    p = torch.exp(x - top[:, None] - rest[:, None])
+    slope = g[:, None]
+    if moment:
+        slope = slope + h[:, None] * (y - origin[:, None] - mean[:, None])
     grad = torch.where(p > 0, -p * slope, 0.0)
     here = (target >= 0) & (target < x.shape[1])
     grad.scatter_add_(1, target.clamp(0, x.shape[1] - 1)[:, None],
@@ -244,8 +267,8 @@ def _use_triton(tensor):
 if triton is not None:
 
     @triton.jit
-    def _fold_kernel(x_ptr, y_ptr, target_ptr, top_ptr, total_ptr, moment_ptr, picked_ptr, S, scale,
-                     MOMENT: tl.constexpr, BLOCK: tl.constexpr):
+    def _fold_kernel(x_ptr, y_ptr, target_ptr, top_ptr, total_ptr, moment_ptr, origin_ptr,
+                     picked_ptr, S, scale, MOMENT: tl.constexpr, BLOCK: tl.constexpr):
         """Every lane folds its own columns; only at the end are lanes and earlier slices joined.
 
         MOMENT 0: none, 1: of x, 2: of x - y.
@@ -256,6 +279,7 @@ if triton is not None:
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         moment = tl.zeros((BLOCK,), tl.float32)
+        origin = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, S, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + column, mask=column < S, other=float("-inf")) * scale
@@ -263,21 +287,32 @@ if triton is not None:
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
             old = tl.exp(top - shift)
             e = tl.exp(x - shift)
-            total = total * old + e
             if MOMENT > 0:
                 y = x
                 if MOMENT == 2:
                     y -= tl.load(y_ptr + column, mask=column < S, other=0.0) * scale
-                moment = moment * old + e * tl.where(e > 0, y, 0.0)  # 0 * -inf counts as 0
+                new_origin = tl.where((x > top) & (tl.abs(y) < float("inf")), y, origin)
+                moment = (moment + total * (origin - new_origin)) * old
+                moment += tl.where(e > 0, e * (y - new_origin), 0.0)  # 0 * -inf counts as 0
+                origin = new_origin
+            total = total * old + e
             top = new_top
         before = tl.load(top_ptr + row)
-        new_top = tl.maximum(before, tl.max(top, 0))
+        top_here = tl.max(top, 0)
+        new_top = tl.maximum(before, top_here)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         old = tl.exp(before - shift)
         lane = tl.exp(top - shift)
-        tl.store(total_ptr + row, tl.load(total_ptr + row) * old + tl.sum(total * lane, 0))
+        total_before = tl.load(total_ptr + row)
+        tl.store(total_ptr + row, total_before * old + tl.sum(total * lane, 0))
         if MOMENT > 0:
-            tl.store(moment_ptr + row, tl.load(moment_ptr + row) * old + tl.sum(moment * lane, 0))
+            origin_before = tl.load(origin_ptr + row)
+            origin_here = tl.max(tl.where(top == top_here, origin, float("-inf")), 0)
+            new_origin = tl.where(top_here > before, origin_here, origin_before)
+            moment += total * (origin - new_origin)
+            moment_before = tl.load(moment_ptr + row) + total_before * (origin_before - new_origin)
+            tl.store(moment_ptr + row, moment_before * old + tl.sum(moment * lane, 0))
+            tl.store(origin_ptr + row, new_origin)
         tl.store(top_ptr + row, new_top)
         target = tl.load(target_ptr + row)
         here = (target >= 0) & (target < S)
@@ -285,20 +320,20 @@ if triton is not None:
         tl.store(picked_ptr + row, tl.load(picked_ptr + row) + picked)
 
     @triton.jit
-    def _grad_kernel(x_ptr, y_ptr, dx_ptr, target_ptr, lse_ptr, mean_ptr, g_ptr, h_ptr, S, scale,
-                     MOMENT: tl.constexpr, BLOCK: tl.constexpr):
+    def _grad_kernel(x_ptr, y_ptr, dx_ptr, target_ptr, top_ptr, rest_ptr, origin_ptr, mean_ptr,
+                     g_ptr, h_ptr, S, scale, MOMENT: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         place = row * S + column
         g = tl.load(g_ptr + row)
         slope = g
         x = tl.load(x_ptr + place, mask=column < S, other=float("-inf")) * scale
-        p = tl.exp(x - tl.load(lse_ptr + row))
+        p = tl.exp(x - tl.load(top_ptr + row) - tl.load(rest_ptr + row))
         if MOMENT > 0:
             y = x
             if MOMENT == 2:
                 y -= tl.load(y_ptr + place, mask=column < S, other=0.0) * scale
-            y = tl.where(p > 0, y - tl.load(mean_ptr + row), 0.0)
+            y = tl.where(p > 0, y - tl.load(origin_ptr + row) - tl.load(mean_ptr + row), 0.0)
             slope = g + tl.load(h_ptr + row) * y
         dx = tl.where(column == tl.load(target_ptr + row), g, 0.0) - p * slope
         tl.store(dx_ptr + place, (dx * scale).to(dx_ptr.dtype.element_ty), mask=column < S)
@@ -308,14 +343,14 @@ def _fold_triton(x, y, scale, target, moment, sums):
     if x.numel():
         block = min(1024, triton.next_power_of_2(x.shape[1]))
         _fold_kernel[(len(x),)](
-            x, x if y is None else y, target, sums.top, sums.total, sums.moment, sums.picked,
-            x.shape[1], scale, MOMENT=moment * (1 if y is None else 2), BLOCK=block)
+            x, x if y is None else y, target, sums.top, sums.total, sums.moment, sums.origin,
+            sums.picked, x.shape[1], scale, MOMENT=moment * (1 if y is None else 2), BLOCK=block)
 
 
-def _grad_triton(x, y, scale, target, lse, mean, g, h, moment, dx):
+def _grad_triton(x, y, scale, target, top, rest, origin, mean, g, h, moment, dx):
     if x.numel():
         block = min(2048, triton.next_power_of_2(x.shape[1]))
         g, h = g.contiguous(), h.contiguous()  # an upstream sum() hands over an expanded scalar
         _grad_kernel[(len(x), triton.cdiv(x.shape[1], block))](
-            x, x if y is None else y, dx, target, lse, mean, g, h, x.shape[1], scale,
+            x, x if y is None else y, dx, target, top, rest, origin, mean, g, h, x.shape[1], scale,
             MOMENT=moment * (1 if y is None else 2), BLOCK=block)

@@ -268,9 +268,10 @@ for greedy, cut in ((False, False), (False, True), (True, False)):
           scale="fp32")
 for moment in (0, 1, 2):
     build(kernels._fold_kernel, dict(MOMENT=moment, BLOCK=1024), x_ptr=f, y_ptr=f, target_ptr=l,
-          top_ptr=f, total_ptr=f, moment_ptr=f, picked_ptr=f, scale="fp32")
+          top_ptr=f, total_ptr=f, moment_ptr=f, origin_ptr=f, picked_ptr=f, scale="fp32")
     build(kernels._grad_kernel, dict(MOMENT=moment, BLOCK=2048), x_ptr=f, y_ptr=f, dx_ptr=b,
-          target_ptr=l, lse_ptr=f, mean_ptr=f, g_ptr=f, h_ptr=f, scale="fp32")
+          target_ptr=l, top_ptr=f, rest_ptr=f, origin_ptr=f, mean_ptr=f, g_ptr=f, h_ptr=f,
+          scale="fp32")
 """
 
 
