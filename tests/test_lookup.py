@@ -1,0 +1,79 @@
+"""lookup.py against outcomes known by hand, and against policies that try to do better."""
+
+import random
+
+import pytest
+import torch
+
+import lookup
+import losses
+import rollouts
+
+
+def batch(*rows):
+    """A batch of (prompt number, response, reward); every prompt is one token long."""
+    tokens, lengths = [], []
+    for prompt, response, _ in rows:
+        tokens += [prompt, *response]
+        lengths.append(1 + len(response))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    n = len(rows)
+    return rollouts.Batch(
+        folder=None, header={}, tokens=torch.tensor(tokens), cu_seqlens=cu_seqlens,
+        prompt_length=torch.ones(n, dtype=torch.long),
+        prompt=torch.tensor([prompt for prompt, _, _ in rows]),
+        reward=torch.tensor([reward for _, _, reward in rows]),
+        finished=torch.ones(n, dtype=torch.bool), sampler_logp=torch.zeros(len(tokens)))
+
+
+def test_by_hand():
+    """A shared token is right half the time; after it the two part ways; another prompt is another
+    state though its tokens are the same; what has no reward is left out."""
+    p, outcome = lookup.best_fit(batch((0, [5, 6], 1.0), (0, [5, 7], 0.0), (1, [5, 6], 0.0),
+                                       (1, [5, 6], float("nan"))))
+    assert p.tolist() == [0.5, 1.0, 0.5, 0.0, 0.0, 0.0]
+    assert outcome.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_right_ways_share_a_state():
+    """Two right tokens cannot both have probability 1: by their numbers, 3 and 1, they get
+    p = (S - c) / n with 2 - 4 c / 3 = 1; a third, wrong half the time, takes from both."""
+    rows = [(0, [5], 1.0)] * 3 + [(0, [6], 1.0)]
+    assert lookup.best_fit(batch(*rows))[0].tolist() == pytest.approx([0.75] * 3 + [0.25])
+    p = lookup.best_fit(batch(*rows, (0, [7], 1.0), (0, [7], 0.0)))[0]
+    assert p[0] + p[3] + p[4] == pytest.approx(1.0) and p[4] > 0
+
+
+def test_no_policy_does_better():
+    """The square error of random batches, against random tables and small changes to the best."""
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    draw, _ = random.Random(seed), torch.manual_seed(seed)
+    rows = [(draw.randrange(2), [draw.randrange(4) for _ in range(3)], float(draw.random() < 0.7))
+            for _ in range(40)]
+    p, outcome = lookup.best_fit(batch(*rows))
+    states = [(prompt, *response[:k]) for prompt, response, _ in rows for k in range(3)]
+    taken = [token for _, response, _ in rows for token in response]
+    best = {s: torch.zeros(4, dtype=torch.double) for s in states}
+    for s, token, value in zip(states, taken, p.tolist(), strict=True):
+        assert best[s][token] in (0.0, value)  # one probability for one choice
+        best[s][token] = value
+    assert all(x.sum() < 1 + 1e-9 and (x >= 0).all() for x in best.values())
+    error = ((p - outcome) ** 2).sum()
+    for size in (1e-3, 0.03, 1.0):
+        for _ in range(200):
+            other = {s: x + size * (torch.rand(4).double().softmax(0) - x) * torch.rand(1).double()
+                     for s, x in best.items()}
+            q = torch.stack([other[s][token] for s, token in zip(states, taken, strict=True)])
+            assert ((q - outcome) ** 2).sum() >= error - 1e-9
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    """The line that python lookup.py prints: a ceiling below 1 where prefixes are shared."""
+    b = batch((0, [5, 6], 1.0), (0, [5, 7], 0.0))
+    monkeypatch.setattr("sys.argv", ["lookup.py", str(tmp_path)])
+    monkeypatch.setattr(rollouts, "load", lambda folder: b)
+    lookup.main()
+    shown = capsys.readouterr().out
+    ceiling = losses.explained_variance(*lookup.best_fit(b))
+    assert f"more than {ceiling:.3f} of" in shown and 0 < ceiling < 1
