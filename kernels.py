@@ -176,14 +176,14 @@ def _logits(hidden, head, q):
 
 
 def _logits_of(hidden, head, out):
-    """hidden @ head.T in float32. Of float32 factors 64 terms at a time, whose sums are small and
+    """hidden @ head.T in float32. Of float32 factors 32 terms at a time, whose sums are small and
     round less: at logits of 100 the precision of every gradient rests on these products.
     """
     if hidden.dtype != torch.float32 and hidden.is_cuda:
         return _product(hidden, head.T, out=out)
-    for start in range(0, hidden.shape[1], 64):
-        a, b = (m[:, start:start + 64].float() for m in (hidden, head))
-        torch.addmm(out, a, b.T, beta=min(start, 1), out=out)
+    for start in range(0, max(hidden.shape[1], 1), 32):
+        a, b = (m[:, start:start + 32].float() for m in (hidden, head))
+        out.addmm_(a, b.T, beta=min(start, 1))  # beta 0: what was there is not read
     return out
 
 
@@ -223,19 +223,21 @@ def _fold(x, y, scale, target, moment, sums):
     `target` counts from the slice's first column.
     """
     x = x * scale
-    top = torch.maximum(sums.top, x.amax(1))
+    here, column = x.max(1, keepdim=True)
+    top = torch.maximum(sums.top, here[:, 0])
     shift = torch.where(top.isneginf(), 0.0, top)  # a slice (or row) of -inf gives no nan
     old = torch.exp(sums.top - shift)
     e = torch.exp(x - shift[:, None])  # [T, S]
-    if moment:
+    sums.total.mul_(old)
+    if moment:  # 0 * inf counts as 0
         y = x if y is None else x - y * scale
-        there = y.gather(1, x.argmax(1, keepdim=True))[:, 0]
+        there = y.gather(1, column)[:, 0]
         origin = torch.where((top > sums.top) & there.isfinite(), there, sums.origin)
-        # what was counted from the old origin, counted from the new; 0 * -inf counts as 0
-        sums.moment.add_(sums.total * (sums.origin - origin)).mul_(old)
+        moved = sums.total * (sums.origin - origin)  # what was counted from the old origin
+        sums.moment.copy_(torch.where(old > 0, sums.moment * old + moved, 0.0))
         sums.moment.add_(torch.where(e > 0, e * (y - origin[:, None]), 0.0).sum(1))
         sums.origin.copy_(origin)
-    sums.total.mul_(old).add_(e.sum(1))
+    sums.total.add_(e.sum(1))
     here = (target >= 0) & (target < x.shape[1])
     column = target.clamp(0, x.shape[1] - 1)[:, None]
     sums.picked.add_(torch.where(here, x.gather(1, column)[:, 0], 0.0))
@@ -287,15 +289,16 @@ if triton is not None:
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
             old = tl.exp(top - shift)
             e = tl.exp(x - shift)
-            if MOMENT > 0:
+            total *= old
+            if MOMENT > 0:  # 0 * inf counts as 0
                 y = x
                 if MOMENT == 2:
                     y -= tl.load(y_ptr + column, mask=column < S, other=0.0) * scale
                 new_origin = tl.where((x > top) & (tl.abs(y) < float("inf")), y, origin)
-                moment = (moment + total * (origin - new_origin)) * old
-                moment += tl.where(e > 0, e * (y - new_origin), 0.0)  # 0 * -inf counts as 0
+                moment = tl.where(old > 0, moment * old + total * (origin - new_origin), 0.0)
+                moment += tl.where(e > 0, e * (y - new_origin), 0.0)
                 origin = new_origin
-            total = total * old + e
+            total += e
             top = new_top
         before = tl.load(top_ptr + row)
         top_here = tl.max(top, 0)
@@ -303,15 +306,18 @@ if triton is not None:
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         old = tl.exp(before - shift)
         lane = tl.exp(top - shift)
-        total_before = tl.load(total_ptr + row)
-        tl.store(total_ptr + row, total_before * old + tl.sum(total * lane, 0))
+        total *= lane
+        total_before = tl.load(total_ptr + row) * old
+        tl.store(total_ptr + row, total_before + tl.sum(total, 0))
         if MOMENT > 0:
             origin_before = tl.load(origin_ptr + row)
             origin_here = tl.max(tl.where(top == top_here, origin, float("-inf")), 0)
             new_origin = tl.where(top_here > before, origin_here, origin_before)
-            moment += total * (origin - new_origin)
-            moment_before = tl.load(moment_ptr + row) + total_before * (origin_before - new_origin)
-            tl.store(moment_ptr + row, moment_before * old + tl.sum(moment * lane, 0))
+            moment = tl.where(lane > 0, moment * lane + total * (origin - new_origin), 0.0)
+            moment_before = tl.load(moment_ptr + row) * old
+            moment_before += total_before * (origin_before - new_origin)
+            moment_before = tl.where(old > 0, moment_before, 0.0)
+            tl.store(moment_ptr + row, moment_before + tl.sum(moment, 0))
             tl.store(origin_ptr + row, new_origin)
         tl.store(top_ptr + row, new_top)
         target = tl.load(target_ptr + row)

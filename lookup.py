@@ -1,16 +1,18 @@
 """lookup.py - how well any policy at all could fit the outcomes of a batch.
 
-MSE fits pi(y_t | s_t) to the outcome R of the whole response (Eq. 10), and is judged by the
-variance of R that these probabilities explain. But responses to one prompt begin alike, and while
-they do nobody can tell which will be right; nor do the probabilities of a state add up to more than
-1. The best there is is a table with a row for every prefix s of the batch: with n_y responses that
-go on with y there, S_y of them right,
+The loss `mse` (losses.py, the paper's Eq. 10) fits the probability p of every response token to the
+outcome R of its response, and is judged by the share of R's variance over these tokens that p
+explains, 1 - Var(R - p) / Var(R). But responses to one prompt begin alike, and while they do nobody
+can tell which will be right; nor do the probabilities of a state add up to more than 1. The most
+that can be explained, of this very batch, is explained by a table that has learnt it by heart: a
+row for every prefix s, in which n_y responses go on with token y and S_y is the sum of their
+outcomes. With b the mean of R - p,
 
-    min_p  sum_y n_y p_y^2 - 2 S_y p_y    s.t.  p_y >= 0, sum_y p_y <= 1
-    p_y = max(0, S_y - c) / n_y,          c = 0, or such that they add up to 1.
+    min_p  sum_y n_y (p_y + b)^2 - 2 S_y (p_y + b)    s.t.  p_y >= 0, sum_y p_y <= 1
+    p_y = max(0, S_y - b n_y - c) / n_y,              c = 0, or such that they add up to 1,
 
-Such a table has learnt the batch by heart. A long response tells itself from the others early, so
-the ceiling rises with the length.
+b and p in turns until neither moves (the problem is convex in both). A long response tells itself
+from the others early, so the ceiling rises with the length.
 
     python lookup.py runs/toy/batch
 """
@@ -26,7 +28,8 @@ import rollouts
 
 def best_fit(batch):
     """p [T'] and outcome [T'], float64, of the T' response tokens of a Batch: the probabilities
-    that minimise sum (p - outcome)^2. Responses without a reward are left out.
+    that explain most of the outcomes' variance. Responses without a reward are left out; ValueError
+    if the others all have the same.
     """
     prefixes, visited = {}, []  # (prefix, token) -> number, also that of the longer prefix
     outcome = []
@@ -38,15 +41,22 @@ def best_fit(batch):
             visited.append(prefix)
             outcome.append(float(batch.reward[row]))
     visited, outcome = torch.tensor(visited, dtype=torch.long), torch.tensor(outcome).double()
+    if len(set(outcome.tolist())) < 2:
+        raise ValueError(f"{batch.folder}: no two responses differ in their outcome, so there is "
+                         f"nothing to explain")
     n = torch.bincount(visited, minlength=len(prefixes)).double()
     right = torch.zeros_like(n).index_add(0, visited, outcome)
-    p = right / n
     choices = {}  # prefix -> the numbers of what follows it
     for (prefix, _), number in prefixes.items():
         choices.setdefault(prefix, []).append(number)
-    for numbers in choices.values():
-        if len(numbers) > 1 and p[numbers].sum() > 1:
-            p[numbers] = _project(right[numbers], n[numbers])
+    choices = [torch.tensor(numbers) for numbers in choices.values() if len(numbers) > 1]
+    b, before = 0.0, float("inf")
+    while abs(b - before) > 1e-9:
+        p = (right / n - b).clamp(0, 1)
+        for numbers in choices:
+            if p[numbers].sum() > 1:
+                p[numbers] = _project(right[numbers] - b * n[numbers], n[numbers])
+        b, before = float((outcome - p[visited]).mean()), b
     return p[visited], outcome
 
 

@@ -37,15 +37,24 @@ def test_by_hand():
 
 def test_right_ways_share_a_state():
     """Two right tokens cannot both have probability 1: by their numbers, 3 and 1, they get
-    p = (S - c) / n with 2 - 4 c / 3 = 1; a third, wrong half the time, takes from both."""
-    rows = [(0, [5], 1.0)] * 3 + [(0, [6], 1.0)]
-    assert lookup.best_fit(batch(*rows))[0].tolist() == pytest.approx([0.75] * 3 + [0.25])
-    p = lookup.best_fit(batch(*rows, (0, [7], 1.0), (0, [7], 0.0)))[0]
-    assert p[0] + p[3] + p[4] == pytest.approx(1.0) and p[4] > 0
+    p = (S - c) / n with 2 - 4 c / 3 = 1. Nor can they in a batch, and there none explains less than
+    a constant."""
+    right, n = torch.tensor([3.0, 1.0]), torch.tensor([3.0, 1.0])
+    assert lookup._project(right, n).tolist() == pytest.approx([0.75, 0.25])
+    rows = [(0, [5], 1.0)] * 3 + [(0, [6], 1.0), (1, [5], 1.0), (1, [5], 0.0)]
+    p, outcome = lookup.best_fit(batch(*rows))
+    assert p[0] + p[3] == pytest.approx(1.0)
+    assert losses.explained_variance(p, outcome) > 0
+
+
+def test_nothing_to_explain():
+    """Outcomes that are all the same have no variance."""
+    with pytest.raises(ValueError, match="no two responses differ"):
+        lookup.best_fit(batch((0, [5], 1.0), (0, [6], 1.0), (0, [6], float("nan"))))
 
 
 def test_no_policy_does_better():
-    """The square error of random batches, against random tables and small changes to the best."""
+    """The variance explained of random batches, against random tables and small changes."""
     seed = random.SystemRandom().randrange(2**31)
     print(f"seed {seed}")
     draw, _ = random.Random(seed), torch.manual_seed(seed)
@@ -59,13 +68,13 @@ def test_no_policy_does_better():
         assert best[s][token] in (0.0, value)  # one probability for one choice
         best[s][token] = value
     assert all(x.sum() < 1 + 1e-9 and (x >= 0).all() for x in best.values())
-    error = ((p - outcome) ** 2).sum()
+    ceiling = losses.explained_variance(p, outcome)
     for size in (1e-3, 0.03, 1.0):
         for _ in range(200):
             other = {s: x + size * (torch.rand(4).double().softmax(0) - x) * torch.rand(1).double()
                      for s, x in best.items()}
             q = torch.stack([other[s][token] for s, token in zip(states, taken, strict=True)])
-            assert ((q - outcome) ** 2).sum() >= error - 1e-9
+            assert losses.explained_variance(q, outcome) <= ceiling + 1e-7
 
 
 def test_command(tmp_path, capsys, monkeypatch):
