@@ -43,7 +43,7 @@ def best_fit(batch):
     visited, outcome = torch.tensor(visited, dtype=torch.long), torch.tensor(outcome).double()
     if len(set(outcome.tolist())) < 2:
         raise ValueError(f"{batch.folder}: no two responses differ in their outcome, so there is "
-                         f"nothing to explain")
+                         "nothing to explain")
     n = torch.bincount(visited, minlength=len(prefixes)).double()
     right = torch.zeros_like(n).index_add(0, visited, outcome)
     choices = {}  # prefix -> the numbers of what follows it
@@ -79,9 +79,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{len(p)} response tokens, mean outcome {outcome.mean():.3f}: no policy explains more "
-          f"than {losses.explained_variance(p, outcome):.3f} of their variance; the best gives "
-          f"{p[outcome > 0].mean():.3f} to tokens of right responses, "
-          f"{p[outcome == 0].mean():.3f} to tokens of wrong ones")
+          f"than {losses.explained_variance(p, outcome):.3f} of the variance")
 
 
 if __name__ == "__main__":
