@@ -176,14 +176,14 @@ def _logits(hidden, head, q):
 
 
 def _logits_of(hidden, head, out):
-    """hidden @ head.T in float32. Of float32 factors 32 terms at a time, whose sums are small and
-    round less: at logits of 100 the precision of every gradient rests on these products.
+    """hidden @ head.T in float32; of float32 factors a product in float64, rounded once, since at
+    logits of 100 the precision of every gradient rests on it.
     """
     if hidden.dtype != torch.float32 and hidden.is_cuda:
         return _product(hidden, head.T, out=out)
-    for start in range(0, max(hidden.shape[1], 1), 32):
-        a, b = (m[:, start:start + 32].float() for m in (hidden, head))
-        out.addmm_(a, b.T, beta=min(start, 1))  # beta 0: what was there is not read
+    wide, width = hidden.double(), max(1, (1 << 24) // max(len(hidden), 1))
+    for x, rows in zip(out.split(width, 1), head.split(width), strict=True):
+        x.copy_(wide @ rows.double().T)
     return out
 
 
