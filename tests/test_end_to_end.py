@@ -116,7 +116,7 @@ def test_the_whole_algorithm_is_killed_and_finishes(tmp_path):
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     assert (
         "[sample] done before" in second.stdout
-        and "torchrun --standalone --nproc-per-node 1 stage2.py" in second.stdout
+        and "[stage2 fixed] python stage2.py" in second.stdout
     )
     third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert third.returncode == 0 and third.stdout.count("done before") == 8
