@@ -3,6 +3,7 @@ PYTHON ?= python3
 SEEDS ?= 1
 OUTPUT ?= runs/demo
 KILLS ?= 50
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo paper test test-slow chaos lint clean
@@ -16,7 +17,7 @@ paper: .venv/run.done  # the core of RESULTS.md
 	$(BIN)/python paper.py
 
 test: .venv/dev.done lint
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: .venv/dev.done
 	$(BIN)/python -m pytest -q --runslow --durations=20
