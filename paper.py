@@ -214,6 +214,7 @@ FIGURES = {  # name of the picture: (experiment, how it is drawn)
     "signals": ("table7", bars),
     "ensembles": ("table8", bars),
     "full": ("full", frontier),
+    "rules8": ("rules8", frontier),
     "recovery": ("few5", lambda e, p: dynamics(e, ["mse"], p)),
 }
 
