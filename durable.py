@@ -49,8 +49,10 @@ def reading(file, remedy="delete it to have it made again"):
         raise ValueError(f"{file}: {error}; {remedy}") from None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError,
             OverflowError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{file}: damaged ({type(error).__name__}: {str(error):.120}); "
-                         f"{remedy}") from None
+        text = str(error)
+        if not text.startswith(f"{file}: "):
+            text = f"{file}: damaged ({type(error).__name__}: {text:.120})"
+        raise ValueError(f"{text}; {remedy}") from None
 
 
 class Wrong(ValueError):
