@@ -301,13 +301,13 @@ def test_wrong_values_are_refused(run, tmp_path, policy, batch):
         save_file(tensors, file, metadata=metadata)
 
     for damage, words in (
-        (lambda: file.write_bytes(whole[:-9]), "damaged"),
-        (lambda: file.write_bytes(b"nonsense"), "damaged"),
-        (lambda: file.write_bytes(b""), "damaged"),
+        (lambda: file.write_bytes(whole[:-9]), "not a readable"),
+        (lambda: file.write_bytes(b"nonsense"), "not a readable"),
+        (lambda: file.write_bytes(b""), "not a readable"),
         (lambda: store({"value": value}, None), "damaged"),
         (lambda: store({"value": value}, {"made_from": "["}), "damaged"),
         (lambda: store({"value": value}, {"made_from": "[]"}), "damaged"),
-        (lambda: store({"other": value}), "damaged"),
+        (lambda: store({"other": value}), "not a readable"),
         (lambda: store({"value": value}), "made from something else .*policy: None"),
         (lambda: shutil.copy(tmp_path / "z/critic/values.safetensors", file), "batch: "),
     ):
