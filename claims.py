@@ -17,6 +17,7 @@ of a record file, from any machine, so that tables can be made of them later (pa
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -62,6 +63,9 @@ class Claim:
         if self.measure not in MEASURES and parts(self.of)[1] is not None:
             raise ValueError(f"claim {self.text!r:.60}: {self.measure} is the run's last; "
                              f"of = {self.of!r:.60} names a step")
+        if self.measure == "kl" and self.against == "base":
+            raise ValueError(f"claim {self.text!r:.60}: the base's KL to itself is 0, and nothing "
+                             "is a multiple of it; name another in `against`")
         if self.measure == "equal_kl" and parts(self.against)[1] is not None:
             raise ValueError(f"claim {self.text!r:.60}: at equal KL a student is held against a "
                              f"whole run; against = {self.against!r:.60} is one step of it")
@@ -129,11 +133,19 @@ def _rounded(value):
 
 
 def append(file, entry):
-    """Add a record, unless the very same counts already. Half a line of a killed run goes."""
-    known = _entries(file)
-    counts = _latest(known).get(entry["seed"])
-    if not counts or {**counts, "wall": 0, "machine": 0} != {**entry, "wall": 0, "machine": 0}:
-        durable.write_text(file, "".join(json.dumps(e) + "\n" for e in (*known, entry)))
+    """Add a record, unless the very same counts already. Half a line of a killed run goes. Several
+    runs of a machine may share the file.
+    """
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(Path(file).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        known = _entries(file)
+        counts = _latest(known).get(entry["seed"])
+        if not counts or {**counts, "wall": 0, "machine": 0} != {**entry, "wall": 0, "machine": 0}:
+            durable.write_text(file, "".join(json.dumps(e) + "\n" for e in (*known, entry)))
+    finally:
+        os.close(folder)
 
 
 def read(file):
@@ -223,6 +235,8 @@ def table(asked, entries):
         found = [value(claim, entry) for entry in entries.values()]
         values = [x for x, _ in found if x is not None]
         notes = sorted({note for _, note in found if note})
+        if len(values) < len(found):
+            notes.append(f"{len(values)} of {len(found)} seeds have one")
         what = {"accuracy": f"{claim.sampling}: {claim.of} - {claim.against}",
                 "equal_kl": f"{claim.sampling}: {claim.of} - {claim.against} at equal KL",
                 "kl": f"KL of {claim.of} / {claim.against}",

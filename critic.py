@@ -43,9 +43,7 @@ import rollouts
 import runtime
 from options import key
 
-# keys of [train] that change how values are computed, not which
-FREE = ("max_tokens", "recompute", "keep_attention", "compile", "replicas", "checkpoint_every",
-        "checkpoint_at")
+FREE = (*runtime.FREE, "checkpoint_every", "checkpoint_at")  # keys of [train]: values stay
 SHOWN = ("loss", "explained_variance", "value_positive", "value_negative", "grad_norm",
          "tokens_per_second")  # the console line; critic/metrics.jsonl has them all
 

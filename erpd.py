@@ -286,7 +286,8 @@ def needed(cfg, goal):
 
 class Driver:
     """Prints and runs commands; remembers in commands.jsonl those of a seed that completed,
-    by command and config file.
+    by command and config file. Where a command reads what another has made again since, it is run
+    again, too.
     """
 
     def __init__(self, cfg, folder):
@@ -296,7 +297,10 @@ class Driver:
         entries = durable.read_lines(self.log, key=str, seconds=(int, float), arguments=list)
         durable.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in entries))
         # the last of each command: its output is what another config file made of it since
-        self.done = {json.dumps(entry["arguments"]): entry for entry in entries}
+        self.done = {json.dumps(entry["arguments"]): {**entry, "line": line}
+                     for line, entry in enumerate(entries)}
+        self.lines = len(entries)
+        self.made = {}  # output folder of this config's commands: the line that says it is there
         self.seconds = {}  # of this config's phases
 
     def run(self, phase, script, config, overrides=()):
@@ -306,14 +310,16 @@ class Driver:
         if self.cfg.processes > 1:  # a rank alone needs no agent, and starts in half the time
             launch = ["torchrun", "--standalone", "--nproc-per-node", str(self.cfg.processes)]
             program += ["-m", "torch.distributed.run", *launch[1:]]
-        identity = hashlib.sha256(json.dumps(
-            [launch, arguments, Path(config).read_text() if config else ""]
-        ).encode()).hexdigest()[:24]
+        text = json.dumps([launch, arguments, Path(config).read_text() if config else ""])
+        identity = hashlib.sha256(text.encode()).hexdigest()[:24]
+        output = next((x.removeprefix("output=") for x in overrides if x.startswith("output=")), "")
+        newest = max((line for folder, line in self.made.items()
+                      if re.search(re.escape(folder) + r"(?![\w.-])", text)), default=-1)
         print(f"\n[{phase}] {shlex.join(launch + arguments)}", flush=True)
         before = self.done.get(json.dumps(arguments), {"key": ""})
-        if before["key"] == identity:
+        if before["key"] == identity and before["line"] > newest:
             print(f"[{phase}] done before, in {before['seconds']:.0f} s", flush=True)
-            self._count(phase, before["seconds"])
+            self._count(phase, output, before)
             return
         threads = max(1, (os.cpu_count() or 1) // self.cfg.processes)
         began = time.perf_counter()
@@ -326,24 +332,33 @@ class Driver:
             sys.exit(2)
         seconds = time.perf_counter() - began
         entry = {"key": identity, "phase": phase, "seconds": seconds, "arguments": arguments}
-        self.done[json.dumps(arguments)] = entry
         with open(self.log, "a") as file:
             file.write(json.dumps(entry) + "\n")
         print(f"[{phase}] {seconds:.0f} s", flush=True)
-        self._count(phase, seconds)
+        self.done[json.dumps(arguments)] = entry = {**entry, "line": self.lines}
+        self.lines += 1
+        self._count(phase, output, entry)
 
-    def _count(self, phase, seconds):
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+    def _count(self, phase, output, entry):
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + entry["seconds"]
+        if output:
+            self.made[output] = entry["line"]
 
 
 def check_configs(cfg):
     """Read every config that will be needed before anything runs, filled in as it will be."""
+    for name in ("prompts", "validation", "test"):
+        if (file := getattr(cfg, name)) and not Path(file).is_file():
+            raise ValueError(f"{name} = {file}: there is no such file")
     options.read_config(sample.Config, cfg.sample, ["policy=x", "prompts=x", "output=x"])
     kept = {}
     for run in cfg.stage1:
         c = options.read_config(stage1.Config, run.config,
                                 ["policy=x", "batch=x", "output=x", *run.set])
         kept[run.name] = steps_kept(c.train, c.steps)
+        if run.unlearned and not any(10 <= step <= 30 for step in kept[run.name]):
+            raise ValueError(f"{run.name}: unlearned = true needs a checkpoint between steps 10 "
+                             "and 30; see its train.checkpoint_at and train.checkpoint_every")
         options.read_config(sample.Config, cfg.sample,
                             ["policy=x", "prompts=x", "output=x", *run.sample])
     for run in cfg.stage2:
@@ -375,19 +390,27 @@ def steps_kept(train, steps):
 def check_claims(cfg, kept, columns):
     """ValueError unless every claim names rows, steps and columns that there will be."""
     rows = {"base": {None}}
+    curves = {"base": (), "sharpened": ()}  # of rows that lack some
     if cfg.sharpened:
         rows["sharpened"] = {round(100 * tau) for tau in cfg.sharpened}
+    teachers = {run.name for run in cfg.stage1}
     for path, k, _, runs in cfg.schedule:
         last = k == len(dict(cfg.paths)[path])
         if k == 1 or k % cfg.evaluate_every == 0 or last:
             prefix = f"{path}." if path and k > 1 else ""
-            rows |= {results.label({"policy": prefix + run, "round": k}): kept[run] for run in runs}
+            for run in runs:
+                label = results.label({"policy": prefix + run, "round": k})
+                rows[label] = kept[run]
+                if run in teachers:
+                    curves[label] = set(claims.CURVES) - {"signal_negative"}
     for claim in cfg.claim:
         for ref in (claim.of, claim.against):
             name, step = claims.parts(ref)
             if name not in rows or step is not None and step not in rows[name]:
                 raise ValueError(f"claim {claim.text!r:.60}: there will be no {ref!r}; "
                                  f"rows are {', '.join(rows)}")
+        if claim.measure not in (*claims.MEASURES, *curves.get(claim.of, claims.CURVES)):
+            raise ValueError(f"claim {claim.text!r:.60}: {claim.of} will have no {claim.measure}")
         if claim.sampling not in columns:
             raise ValueError(f"claim {claim.text!r:.60}: no [[sampling]] is named "
                              f"{claim.sampling!r}, but {', '.join(columns)}")

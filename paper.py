@@ -58,7 +58,8 @@ def rows(entries):
              "|---" * (len(COLUMNS) + 5) + "|"]
     for label, step, cells in average(entries):
         accuracies = [f"{mean(cells[c]):.3f} ± {spread(cells[c]):.3f}" for c in COLUMNS]
-        efficiency = mean(cells["kl_efficiency"])
+        efficiency = cells["kl_efficiency"]
+        efficiency = None if None in efficiency else mean(efficiency)  # a gain clear on every seed
         lines.append(f"| {label} | {'' if step is None else step} | {' | '.join(accuracies)} "
                      f"| {mean(cells['kl']):.4f} | "
                      f"{'' if efficiency is None else f'{efficiency:.2f}'} "

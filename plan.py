@@ -16,6 +16,7 @@ and responses of the length that config.json gives as `_mean_response`: the pape
 """
 
 import argparse
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,10 @@ def draws(cfg):
         if evaluate.untruncated(cfg, cfg.sampling) is None:
             each += cfg.kl_samples
         longest = cfg.max_new_tokens or (entry.max_new_tokens if entry else LONGEST)
-        found.append((number * each * (1 + len(cfg.policy)), longest))
+        # a run's folder stands for all its checkpoints, once it is there
+        policies = 1 + sum(len(evaluate.checkpoints(p.path)) if Path(p.path).is_dir() else 1
+                           for p in cfg.policy)
+        found.append((number * each * policies, longest))
     return found
 
 
@@ -83,7 +87,9 @@ def forward_flops(config, tokens, length):
 
 
 def hours(config, cfg, gpus, gpu, response):
-    """Hours of a run on so many of a GPU, its responses `response` tokens long in the mean."""
+    """Hours of a run on so many of a GPU, its responses `response` tokens long in the mean;
+    of rounds without their evaluations, whose prompts are not known.
+    """
     if isinstance(cfg, erpd.Config):
         total, sampling = 0.0, {run.name: run.sample for run in cfg.stage1}
         for i, (_, k, goal, names) in enumerate(cfg.schedule):
@@ -177,18 +183,26 @@ def estimate(file, gpus=8, gpu=None):
     parts, gpu, fits, time = needs(
         models.read_config(file.parent), cfg, gpus, gpu, _response(file))
     least = "" if "state" in parts else "at least "
-    return (f"{gpus} x {gpu.name}, {least}{parts['peak'] / 1e9:.0f} GB a GPU, {time:.1f} hours"
-            if fits else f"{parts['peak'] / 1e9:.0f} GB a GPU, more than {gpus} x {gpu.name}")
+    size = f"{parts['peak'] / 1e9:.0f} GB a GPU"
+    return (f"{gpus} x {gpu.name}, {least}{size}, {said(time, cfg)}" if fits else
+            f"{size}, more than {gpus} x {gpu.name}")
+
+
+def said(time, cfg):
+    return f"{time:.1f} hours" + " without evaluation" * isinstance(cfg, erpd.Config)
 
 
 def describe(kind, cfg, file, gpus, gpu):
     """The plan of one command, as text: what `--plan` prints."""
-    policy = next((getattr(cfg, name) for name in ("policy", "base")
-                   if isinstance(getattr(cfg, name, None), str)), "")
-    beside = Path(file or ".").parent
+    name = "base" if isinstance(cfg, evaluate.Config) else "policy"
+    policy, beside = getattr(cfg, name), Path(file or ".").parent
+    own = tomllib.loads(Path(file).read_text(encoding="utf-8")).get(name, "") if file else ""
     if isinstance(cfg, stage2.Config) and not policy and not (beside / "config.json").is_file():
         policy = rollouts.load(cfg.batch).header["policy"]
     if not Path(policy).is_dir() and (beside / "config.json").is_file():
+        if policy != own:
+            raise ValueError(f"{name} = {policy} is no folder, and the shape beside {file} is that "
+                             f"of {own}; fetch the model and give its folder")
         policy = beside  # the shape without the weights: nothing need be fetched for a plan
     elif not policy:
         raise ValueError(f"{file}: names no policy to plan for"
@@ -210,7 +224,7 @@ def describe(kind, cfg, file, gpus, gpu):
         tokens = sum(number * min(response or longest // 2, longest)
                      for number, longest in draws(cfg))
         lines.append(f"{number} responses, about {tokens / 1e6:.1f} million tokens")
-    lines.append(f"about {time:.1f} hours" if fits else "more than there is: take more or larger "
+    lines.append(f"about {said(time, cfg)}" if fits else "more than there is: take more or larger "
                  "GPUs, or a smaller max_tokens (max_new_tokens in sampling)")
     return "\n".join(lines)
 
@@ -266,9 +280,11 @@ def main():
         cfg = options.read_config(KINDS[kind], args.config, args.set)
         return print(describe(kind, cfg, args.config, gpus, gpu))
     print(HEADER.replace("8 x", f"{gpus} x"))
-    for folder in args.what:
+    folders = [folder for folder in args.what if len(args.what) == 1  # configs/*/: configs/toy, too
+               or (Path(folder) / "config.json").is_file()]
+    for folder in folders:
         print(table(folder, gpus))
-    for folder in args.what:
+    for folder in folders:
         for file in sorted(Path(folder).glob("*.toml")):
             print(f"{file}: {estimate(file, gpus, gpu)}")
 

@@ -193,9 +193,11 @@ def select(rows, run, rule):
         chosen = max(mine, key=lambda row: row["accuracy"])
         why = "accuracy " + ", ".join(f"{row['step']}: {row['accuracy']:.3f}" for row in mine)
     else:
-        # line s + 1 of the metrics is of the policy after step s
-        curve = {m["step"] - 1: m["p_positive"] for m in read_metrics(Path(mine[0]["path"]).parent)
-                 if m.get("p_positive") is not None}
+        # line s + 1 of the metrics is of the policy after step s; after the last, line s must serve
+        p = {m["step"]: m["p_positive"] for m in read_metrics(Path(mine[0]["path"]).parent)
+             if m.get("p_positive") is not None}
+        curve = {row["step"]: p[line] for row in mine if row["step"] is not None
+                 for line in (row["step"], row["step"] + 1) if line in p}
         early = [row for row in mine if row["step"] in curve and 10 <= row["step"] <= 30]
         if not early:
             raise ValueError(f"select: {run} has no checkpoint between steps 10 and 30 "

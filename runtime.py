@@ -48,6 +48,8 @@ import options
 import resume
 from options import key
 
+# keys of [train] that change how a result is computed, and nothing of it but rounding
+FREE = ("max_tokens", "recompute", "keep_attention", "compile", "replicas")
 SHOWN = ("loss", "p_positive", "p_negative", "kl_reverse", "entropy", "clip_low", "clip_high",
          "grad_norm", "tokens_per_second")  # a stage's console line; metrics.jsonl has them all
 
@@ -419,6 +421,15 @@ def require_tokens(batch, path):
                          "another tokenizer made this batch")
 
 
+def note_truncation(batch, ranks):
+    """Say what log-probs of a batch leave out, if anything."""
+    cut = [name for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0))
+           if batch.header.get(name, off) != off]
+    if cut:
+        ranks.print(f"the batch was sampled with {', '.join(cut)}; rho = pi_theta / pi_old ignores "
+                    "that truncation")
+
+
 def batch_logp(batch, path, ranks, train, *, temperature):
     """log pi(y_t|s_t) of the whole batch under checkpoint `path`, by the trainer's own forward:
     [T] float32, 0 on prompts.
@@ -463,21 +474,22 @@ class Run:
     `first` is the step to go on from (0 when fresh), `done` whether nothing is left to do.
     """
 
-    def __init__(self, folder, config, inputs, ranks, *, may_change=()):
-        """ValueError if the folder holds a run of another config or other inputs,
-        with the difference.
+    def __init__(self, folder, config, inputs, ranks, *, may_change=(), may_grow=()):
+        """ValueError if the folder holds a run of another config or other inputs, with the
+        difference. FREE keys and those of may_change may differ, those of may_grow be larger.
         """
         self.folder, self.ranks = Path(folder), ranks
+        self.free = {*may_change, *(f"train.{name}" for name in FREE)}
         self.listening = self.asked = False  # for SIGTERM, and whether it came
         self.bound = math.inf  # of a rank's memory, GiB
         asked = {"config": dataclasses.asdict(config), "inputs": inputs}
         lock(folder, ranks)
         if ranks.rank == 0:
-            self._open(asked, may_change)
+            self._open(asked, may_grow)
         states = _states(self.folder)
         self.state = ranks.agree(states[-1] if states else None)
         self.first = int(self.state.name.removeprefix("step_")) if self.state else 0
-        self.done = ranks.agree(self._done() == asked["config"])
+        self.done = ranks.agree(self._done() == self._binding({"config": asked["config"]}))
         if ranks.rank == 0 and not self.done:
             durable.write_text(self.folder / "config.toml", options.to_toml(config))
             kept = [m for m in self._metrics() if m["step"] <= self.first]
@@ -514,34 +526,40 @@ class Run:
                          f"the usual{'; the update is left out' if train.skip_spikes else ''}")
         return train.skip_spikes
 
-    def _open(self, asked, may_change):
+    def _open(self, asked, may_grow):
         file, environments = self.folder / "run.json", []
         if file.exists():
             was = durable.read_object(file, config=dict, inputs=dict, environments=list)
-            done = self._done() is not None
+            done = self._done()
             # a run that saved nothing binds nobody
             if done or models.checkpoints(self.folder) or _states(self.folder):
-                self._compare(was, asked, may_change)
+                self._compare(was, asked, may_grow)
                 environments = was["environments"]
-                if done and was["config"] == asked["config"]:
+                if done == self._binding({"config": asked["config"]}):
                     return
         durable.write_text(file, json.dumps(
             {**asked, "environments": [*environments, environment(self.ranks)]}, indent=2))
 
-    def _compare(self, was, asked, may_change):
-        old, new = (_flat(was["config"]) | _flat(was["inputs"]),
-                    _flat(asked["config"]) | _flat(asked["inputs"]))
+    def _compare(self, was, asked, may_grow):
+        old, new = self._binding(was), self._binding(asked)
         differ = [f"{k}: {old.get(k)!r:.80} -> {new.get(k)!r:.80}" for k in sorted({*old, *new})
-                  if old.get(k) != new.get(k) and k not in may_change]
+                  if old.get(k) != new.get(k)
+                  and not (k in may_grow and durable.number(old.get(k)) and old[k] < new[k])]
         if differ:
             raise ValueError(f"{self.folder}/run.json: {self.folder} holds a run with other "
                              "settings; choose another output or delete it. "
                              f"Different: {'; '.join(d[:200] for d in differ[:8])}")
 
+    def _binding(self, made):
+        """What a run is held to, by key, of its record {"config", "inputs"}."""
+        flat = _flat(made["config"]) | _flat(made.get("inputs", {}))
+        return {name: value for name, value in flat.items() if name not in self.free}
+
     def _done(self):
-        """The config that the run was finished with, or None."""
+        """What of its config binds a finished run; None of one that is not."""
         file = self.folder / "done.json"
-        return durable.read_object(file, config=dict)["config"] if file.exists() else None
+        return self._binding({"config": durable.read_object(file, config=dict)["config"]}
+                             ) if file.exists() else None
 
     def _metrics(self):
         return durable.read_lines(self.folder / "metrics.jsonl", ["grad_norm"], step=int)

@@ -170,7 +170,7 @@ def main():
 
     if cfg.optimizer:
         runtime.last_state(cfg.optimizer)  # it is there
-    run = runtime.Run(cfg.output, cfg, inputs, ranks, may_change=("steps",))
+    run = runtime.Run(cfg.output, cfg, inputs, ranks, may_grow=("steps",))
     if run.done:
         return ranks.print(f"{cfg.output}: already complete")
     ranks.note_unread("loss", cfg.loss, cfg.loss.unread)
@@ -179,10 +179,7 @@ def main():
     ranks.print(f"{len(kept)} of {len(batch)} rollouts ({int(undecided.sum())} undecided left out, "
                 f"{int(truncated.sum())} truncated{' left out' if cfg.drop_unfinished else ''}), "
                 f"mean reward {batch.reward[kept].mean():.3f}")
-    if temperature == batch.temperature and (
-            batch.header.get("top_p", 1.0) < 1 or batch.header.get("top_k", 0)):
-        ranks.print("the batch was sampled with top-p or top-k; rho = pi_theta / pi_old ignores "
-                    "that truncation")
+    runtime.note_truncation(batch, ranks)
 
     run.bound = runtime.memory_bound({cfg.policy, old, reference}, batch, cfg.train, ranks,
                                      frozen=len(cfg.frozen))

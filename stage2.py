@@ -18,7 +18,8 @@ numerator / denominator:
     strategy 1    teacher / "old"        strong teacher, the default
     evolving      teacher / "evolving"   pi_theta at this step, detached; whitened per minibatch.
                                          The direction of -KL(theta || teacher): costs less
-                                         KL, turns back past the teacher
+                                         KL, turns back past the teacher; zero where only rounding
+                                         is left of it
     strategy 2    MSE late / MSE early   weak teacher: away from the unlearned policy
     strategy 3    teacher / earlier      away from an earlier, weaker policy, in late rounds
     single terms  "none" on one side     ablation
@@ -170,6 +171,7 @@ def main():
     ranks.print(f"{len(kept)} of {len(batch)} rollouts, {len(token)} response tokens, "
                 f"{int((~batch.finished).sum())} truncated"
                 f"{' (left out)' if cfg.drop_unfinished else ''}")
+    runtime.note_truncation(batch, ranks)
 
     model = runtime.policy(old, ranks, cfg.train)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
@@ -177,6 +179,18 @@ def main():
     last = len(schedule)
     # while the model still is pi_old: restore() may put a later student in its place
     noise = rescoring_noise(model, batch, kept, old_logp, ranks, temperature, cfg.train)
+
+    def fixed(signal):
+        """The signal of every response token, which no step changes."""
+        denominator = logp_of[signal.denominator]
+        return raw_signal(signal, logp_of[signal.numerator], token,
+                          None if denominator is None else denominator[token], batch.reward, owner)
+
+    for signal in cfg.signal:
+        if not signal.full and signal.denominator != "evolving":
+            sides = [{"old": inputs["policy"], **inputs}.get(side)
+                     for side in (signal.numerator, signal.denominator)]
+            report(ranks, signal, fixed(signal), noise, identical=sides[0] == sides[1])
     run.restore(model, optimizer)
     frozen = {name: runtime.policy(old if name == "old" else name, ranks, cfg.train)
               for name in cfg.frozen}
@@ -185,6 +199,7 @@ def main():
                 f"on {ranks.world} rank(s); an epoch of {prompts} prompts is "
                 f"{prompts / cfg.train.prompts_per_step:.1f} steps")
     advantage, current = torch.zeros(len(batch.tokens)), None  # A_t at its place in the batch
+    arrived = False  # at the teacher
 
     for step in range(run.first, last):
         began = time.perf_counter()
@@ -195,7 +210,7 @@ def main():
                  "sequences": len(rows)}
         micros = list(batch.share(rows, cfg.train.max_tokens, ranks.rank, ranks.world))
 
-        numerator, denominator = logp_of[signal.numerator], logp_of[signal.denominator]
+        numerator = logp_of[signal.numerator]
         compared = [name for name in frozen
                     if name == "old" or signal.full and name == signal.numerator]
         if signal.full:
@@ -203,16 +218,15 @@ def main():
         elif signal.denominator == "evolving":  # this minibatch's signal, pi_theta as it is now
             place, theta, row = current_logp(model, micros, ranks, temperature)
             raw = raw_signal(signal, numerator, place, theta, batch.reward, row)
-            arrived = float(raw.std()) <= 2 * noise  # at the teacher: only rounding is left of it
+            before, arrived = arrived, float(raw.std()) <= 2 * noise  # rounding is all that is left
+            if arrived and not before:
+                ranks.print(f"step {step + 1}: the student cannot be told from {signal.numerator}; "
+                            "the signal is zero")
             advantage[place] = 0.0 if arrived else losses.whiten(raw, shift_mean=signal.shift_mean)
             right = batch.reward[row] > 0
         elif signal is not current:  # a fixed signal, over the whole batch, once
-            fixed = None if denominator is None else denominator[token]
-            raw = raw_signal(signal, numerator, token, fixed, batch.reward, owner)
+            raw = fixed(signal)
             advantage[token] = losses.whiten(raw, shift_mean=signal.shift_mean)
-            sides = [{"old": inputs["policy"], **inputs}.get(side)
-                     for side in (signal.numerator, signal.denominator)]
-            report(ranks, signal, raw, noise, identical=sides[0] == sides[1])
             right = batch.reward[owner] > 0
         current = signal
 
@@ -295,11 +309,11 @@ def current_logp(model, micros, ranks, temperature):
 def rescoring_noise(model, batch, kept, old_logp, ranks, temperature, train):
     """Std of log pi_old scored again, in another packing, minus log pi_old.
 
-    At least float32's rounding of a log-prob. A few sequences a rank show it; a signal below it
-    means nothing.
+    At least float32's rounding of a log-prob. A few sequences show it; a signal below it means
+    nothing.
     """
     rows = kept[runtime.minibatch(
-        batch.prompt[kept], 0, train.prompts_per_step, train.seed)][:16 * ranks.world]
+        batch.prompt[kept], 0, train.prompts_per_step, train.seed)][:16]
     place, logp, _ = current_logp(
         model, list(batch.share(rows, train.max_tokens, ranks.rank, ranks.world)),
         ranks, temperature)

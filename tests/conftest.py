@@ -110,7 +110,7 @@ def write_hybrid(folder, seed=0):
     return folder
 
 
-def write_batch(folder, policy, *, prompts=8, n=4, seed=0, **columns):
+def write_batch(folder, policy, *, prompts=8, n=4, seed=0, header=(), **columns):
     """Random tokens and rewards, `n` responses to each of `prompts`, as from `policy`."""
     g = torch.Generator().manual_seed(seed)
     rows = {
@@ -142,7 +142,7 @@ def write_batch(folder, policy, *, prompts=8, n=4, seed=0, **columns):
         "temperature": 1.0,
         "source": "import",
         "shards": 1,
-    }
+    } | dict(header)
     rollouts.write_shard(folder, 0, header, **rows)
     return folder
 

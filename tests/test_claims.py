@@ -1,6 +1,7 @@
 """claims.py: quantities, intervals and verdicts; records."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,7 +16,7 @@ def row(policy, step, accuracy, kl, round=1, role="teacher", entropy=0.5):
 ENTRY = {"experiment": "x", "seed": 0, "rows": [
     row("base", None, 0.5, 0.0, 0, "base"), row("ce", 8, 0.6, 0.01), row("ce", 16, 0.7, 0.04),
     row("ce", 32, 0.65, 0.09, entropy=0.25), row("s", 10, 0.68, 0.0225, role="student"),
-    row("p.s", 10, 0.8, 0.16, 2, "student")],
+    row("p.s", 10, 0.8, 0.16, 2, "student"), row("idle", 8, 0.5, 0.0)],
     "selection": [{"run": "ce", "rule": "best", "step": 16}],
     "curves": {"ce": {"step": [1, 2], "explained_variance": [0.1, 0.95]}}}
 
@@ -40,7 +41,7 @@ def test_find_nothing(ref):
 @pytest.mark.parametrize("keys, value, note", [
     ({"of": "s"}, 0.18, ""), ({"of": "s", "against": "ce"}, -0.02, ""),
     ({"of": "s", "against": "ce", "measure": "kl"}, 0.5625, ""),
-    ({"of": "ce", "against": "base", "measure": "kl"}, None, ""),
+    ({"of": "ce", "against": "idle", "measure": "kl"}, None, ""),
     ({"of": "ce@32", "measure": "entropy"}, -0.25, ""),
     ({"of": "ce", "measure": "explained_variance"}, 0.95, ""),
     # between sqrt(.01) and sqrt(.04) half-way: .65
@@ -55,6 +56,7 @@ def test_values(keys, value, note):
 @pytest.mark.parametrize("keys, words", [
     ({"measure": "colour"}, "measure must be one of"),
     ({"measure": "equal_kl", "against": "ce@16"}, "whole run"),
+    ({"measure": "kl"}, "base's KL to itself is 0"),
     ({"measure": "explained_variance", "of": "ce@16"}, "names a step"),
     ({"most": 1.0}, "one of least and most")])  # fmt: skip
 def test_claims_that_cannot_be(keys, words):
@@ -98,6 +100,25 @@ def test_table_names_what_was_measured():
                         {seed: ENTRY for seed in (0, 1, 2)})
     assert "T=1: s - ce | ≥ +0 | -0.020 ± 0.000 (-0.020, -0.020, -0.020) | **fails** |" in text
     assert "| 1 vs 2 |" in text and "explained_variance of ce" in text
+
+
+def test_table_says_of_how_many_seeds_a_value_is():
+    """A ratio to a KL of 0 is none."""
+    moved = {**ENTRY, "rows": [{**r, "kl": r["kl"] or 0.01} for r in ENTRY["rows"]]}
+    text = claims.table([claim(of="ce", against="idle", measure="kl")],
+                        {0: ENTRY, 1: moved, 2: moved})
+    assert "KL of ce / idle (2 of 3 seeds have one) " in text and "too few seeds" in text
+
+
+def test_two_drivers_may_share_a_record(tmp_path):
+    def write(seeds):
+        for seed in seeds:
+            claims.append(tmp_path / "x.jsonl", {**ENTRY, "settings": "s", "seed": seed, "wall": {},
+                                                 "machine": {}})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (range(15), range(15, 30))))
+    assert list(claims.read(tmp_path / "x.jsonl")) == [*range(30)]
 
 
 def test_records(tmp_path):

@@ -245,6 +245,13 @@ def test_what_does_not_fit_together(tmp_path, change, words):
     (('of = "student"', 'of = "student@3"'), "claim 'one': there will be no 'student@3'"),
     (('of = "student"', 'of = "distil.both (round 3)"'), "there will be no"),
     (('sampling = "greedy"', 'sampling = "T=2"'), "no \\[\\[sampling\\]\\] is named 'T=2'"),
+    (('of = "student"', 'of = "teacher"\nmeasure = "signal_negative"'), "have no signal_negative"),
+    (('of = "student"', 'of = "base"\nmeasure = "p_positive"'), "base will have no p_positive"),
+    (('config = "HERE/stage1.toml"\n[[stage1]]\nname = "recovered"',
+      'config = "HERE/stage1.toml"\nunlearned = true\n[[stage1]]\nname = "recovered"'),
+     "teacher: unlearned = true needs a checkpoint between steps 10 and 30"),
+    (('task = "HERE/task.toml"', 'policy = "p"\nprompts = "nowhere.jsonl"\nvalidation = "v"\n'
+      'test = "t"'), "prompts = nowhere.jsonl: there is no such file"),
 ])  # fmt: skip
 def test_what_is_seen_before_anything_runs(tmp_path, change, words):
     assert CONFIG.count(change[0]) >= 1
@@ -265,6 +272,38 @@ def test_a_command_runs_again_when_its_output_is_of_another_config(tmp_path, mon
         driver.run("evaluate", "evaluate.py", file)
         driver = erpd.Driver(driver.cfg, tmp_path)
     assert len(ran) == 3
+
+
+def test_what_is_made_of_a_run_is_made_again_with_it(tmp_path, monkeypatch):
+    """sample, a, b, a student of a, evaluation; then a anew: its student and the evaluation follow,
+    b does not, neither at once nor when the driver was stopped in between.
+    """
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: (
+        ran.append(command[1]), subprocess.CompletedProcess(command, 0))[1])
+    cfg = erpd.Config(output="x", sample="s", evaluate="e", task="t")
+    report = tmp_path / "evaluate.toml"
+    report.write_text("".join(f'[[policy]]\npath = "x/{name}"\n' for name in ("a", "a-2", "s")))
+
+    def pipeline(steps, stop=False):
+        driver = erpd.Driver(cfg, tmp_path)
+        ran.clear()
+        driver.run("sample", "sample.py", "", ["output=x/batch"])
+        driver.run("a", "a.py", "", ["batch=x/batch", "output=x/a", f"steps={steps}"])
+        if stop:
+            return
+        driver.run("b", "b.py", "", ["batch=x/batch", "output=x/a-2"])
+        driver.run("student", "student.py", "", ["numerator=x/a/step_000002", "output=x/s"])
+        driver.run("evaluate", "evaluate.py", report)
+        return list(ran)
+
+    assert pipeline(2) == ["sample.py", "a.py", "b.py", "student.py", "evaluate.py"]
+    assert pipeline(2) == []
+    assert pipeline(4) == ["a.py", "student.py", "evaluate.py"]
+    pipeline(6, stop=True)
+    assert ran == ["a.py"]
+    assert pipeline(6) == ["student.py", "evaluate.py"]
+    assert pipeline(6) == []
 
 
 def test_runs_of_one_name_are_one_run():

@@ -2177,7 +2177,7 @@ def test_fuzz_run_folders(data, name, ranks, finished_runs, tmp_path_factory):
     def read():
         while runtime._locks:
             runtime._locks.pop().close()
-        return runtime.Run(folder, config, record["inputs"], ranks, may_change=("steps",))
+        return runtime.Run(folder, config, record["inputs"], ranks, may_grow=("steps",))
 
     run = survives(read, str(folder))
     if run is not None:

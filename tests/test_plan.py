@@ -88,6 +88,39 @@ def test_evaluations_are_counted_as_their_benchmarks_say():
     assert drawn("prompts=p", plain) == [(30 * 5, 32768)]
 
 
+def test_the_shape_beside_a_config_is_of_its_own_model(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    command = ["plan.py", "stage1.py", "--config", "configs/qwen3_4b/stage1_ce.toml"]
+    monkeypatch.setattr("sys.argv", command)
+    plan.main()
+    assert "4.02 billion weights" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "--set", "policy=Qwen/Qwen3-32B"])
+    with pytest.raises(ValueError, match="policy = Qwen/Qwen3-32B is no folder.*fetch the model"):
+        plan.main()
+
+
+def test_all_folders_of_configs(monkeypatch, capsys):
+    """`python plan.py configs/*/`: one of them has no model."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(plan, "estimate", lambda file, gpus, gpu: "an estimate")
+    monkeypatch.setattr("sys.argv", ["plan.py", "configs/justrl_1_5b/", "configs/toy/"])
+    plan.main()
+    assert capsys.readouterr().out.count("an estimate") == len(KINDS)
+    monkeypatch.setattr("sys.argv", ["plan.py", "configs/toy/"])
+    with pytest.raises(ValueError, match="not a checkpoint folder"):
+        plan.main()
+
+
+def test_runs_that_are_there_count_by_their_checkpoints(tmp_path):
+    for step in (1, 2, 3):
+        (tmp_path / f"run/step_{step:06d}").mkdir(parents=True)
+        (tmp_path / f"run/step_{step:06d}/config.json").write_text("{}")
+    cfg = options.read_config(evaluate.Config, None, [
+        "base=x", "output=x", "prompts=p", "sampling=[{name='x',n=4}]",
+        f"policy=[{{name='a',path='{tmp_path}/run'}},{{name='b',path='gone'}}]"])
+    assert plan.draws(cfg) == [(30 * 4 * 5, 32768)]
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "x", "8xh1000", "8 x h100", "h100"])
 def test_machines_that_do_not_exist(text):
     assert plan.machine("16xh200") == (16, plan.GPUS["h200"])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,6 +264,16 @@ def test_select(run_rows, rule, step, why):
     chosen = R.select(run_rows, "t", rule)
     assert (chosen["run"], chosen["rule"], chosen["step"]) == ("t", rule, step)
     assert chosen["path"].endswith(f"step_{step:06d}") and why in chosen["why"]
+
+
+def test_the_last_checkpoint_may_be_the_unlearned_one(run_rows):
+    """No line of the metrics is of the policy after the last step: that of the step serves."""
+    folder = Path(run_rows[1]["path"]).parent
+    (folder / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": step, "p_positive": p}) + "\n"
+        for step, p in {10: 0.6, 11: 0.5, 20: 0.3}.items()))
+    chosen = R.select(run_rows, "t", "unlearned")
+    assert chosen["step"] == 20 and chosen["why"].endswith("10: 0.500, 20: 0.300")
 
 
 def test_select_refuses_what_is_not_there(run_rows):

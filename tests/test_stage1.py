@@ -28,6 +28,7 @@ import model as models
 import rollouts
 import runtime
 import stage1
+import stage2
 
 QUICK = [
     "train.prompts_per_step=4",
@@ -386,6 +387,42 @@ def test_steps_may_be_raised_and_a_finished_run_is_left_alone(run, tmp_path, pol
             run(stage1, *arguments(policy, batch, tmp_path / name, f"steps={steps}"))
     assert "already complete" in capsys.readouterr().out
     assert same_bits(tmp_path / "x/step_000004", tmp_path / "y/step_000004")
+
+
+def test_steps_may_not_be_lowered(run, tmp_path, policy, batch):
+    """What was learnt is not unlearnt: a run of 4 steps is none of 2."""
+    run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=4"))
+    with pytest.raises(ValueError, match="Different: steps: 4 -> 2"):
+        run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=2"))
+    assert json.loads((tmp_path / "x/done.json").read_text())["steps"] == 4
+
+
+def test_memory_may_be_saved_half_way(run, tmp_path, policy, batch, capsys):
+    """max_tokens and the like may differ when a run goes on, or is found finished."""
+    settings = arguments(policy, batch, tmp_path / "x")
+    run(stage1, *settings, "steps=2")
+    run(stage1, *settings, "steps=4", "train.max_tokens=32", "train.recompute=true")
+    run(stage1, *settings, "steps=4")
+    assert "already complete" in capsys.readouterr().out
+    run(stage1, *arguments(policy, batch, tmp_path / "y", "steps=4"))
+    assert movement_error(tmp_path / "x/step_000004", tmp_path / "y/step_000004", policy) < 1e-3
+    with pytest.raises(ValueError, match="Different: train.checkpoint_every"):
+        run(stage1, *settings, "steps=4", "train.checkpoint_every=1")
+
+
+@pytest.mark.parametrize("cut, words", [({"top_p": 0.9, "min_p": 0.1}, "top_p, min_p"),
+                                        ({"top_k": 5, "top_p": 1.0}, "top_k")])
+def test_truncated_sampling_is_said(run, tmp_path, policy, cut, words, capsys):
+    """In both stages, at whatever temperature."""
+    write_batch(tmp_path / "b", policy, header=cut)
+    settings = arguments(policy, tmp_path / "b", tmp_path / "x", "steps=1",
+                         "logprob_temperature=0.8")
+    run(stage1, *settings)
+    said = f"sampled with {words}; rho = pi_theta / pi_old ignores that truncation"
+    assert capsys.readouterr().out.count(said) == 1
+    run(stage2, f"batch={tmp_path / 'b'}", f"output={tmp_path / 'y'}", *QUICK,
+        f'signal=[{{numerator="{tmp_path / "x/step_000001"}", steps=1}}]')
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_wrong_inputs_stop_with_one_message(run, tmp_path, policy, batch):

@@ -193,6 +193,22 @@ def test_identical_checkpoints_give_no_signal_and_rounding_is_refused(
         run(stage2, *arguments(batch, tmp_path / "noise", almost, "old", 2))
 
 
+def test_every_signal_is_looked_at_before_the_first_step(run, tmp_path, policy, batch, teacher):
+    almost = perturbed(tmp_path / "almost", policy, 1e-9)
+    signal = f'signal=[{{numerator="{teacher}", steps=2}}, {{numerator="{almost}", steps=2}}]'
+    with pytest.raises(ValueError, match="re-scoring noise"):
+        run(stage2, f"batch={batch}", f"output={tmp_path / 'x'}", signal, *QUICK)
+    assert not metrics(tmp_path / "x")
+
+
+def test_arriving_at_the_teacher_is_said(run, tmp_path, policy, batch, capsys):
+    run(stage2, *arguments(batch, tmp_path / "x", policy, "evolving", 2))
+    said = capsys.readouterr().out
+    assert said.count(f"step 1: the student cannot be told from {policy}; the signal is zero") == 1
+    assert said.count("cannot be told") == 1
+    assert same_bits(tmp_path / "x/step_000002", policy)
+
+
 @pytest.mark.parametrize(
     "pair", [("T", "U"), ("old", "U"), ("none", "U"), ("T", "none"), ("none", "evolving")]
 )
