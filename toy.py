@@ -3,7 +3,7 @@ from scratch.
 
 The task ("hearsay table"): arithmetic modulo 10, strictly left to right, written out step by step.
 
-    prompt    4*7*7*3-4=          response    w4*7=8,8*7=6;h6*7=2|2*3=6,6-4=2.          answer 2
+    prompt    4*7*7*7*3-4=        response    w4*7=8,8*7=6;h6*7=2|2*3=6,6-4=2.          answer 2
 
 The truth is a table of 210 facts (10 states x 21 operations: + - with 1..9, * with 3, 7, 9, so that
 an error never cancels by absorption). The demonstrators the base policy learns from share a
