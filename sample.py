@@ -86,8 +86,9 @@ def generate(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0,
     belong to it, as does what completes one of `stop_strings`, for which decode(tokens) -> text is
     needed. `ids` identify the prompts to the random numbers (default: their places). `slots`
     sequences are decoded at a time in `pages` of the cache (0: enough for all of them at their
-    longest); neither changes a token. `progress` shows a bar; watch(live, waiting) is called
-    before every LOOK steps. ValueError on an empty prompt, or pages too few for one sequence.
+    longest); neither changes a token, but where a draw falls on the border of two, to rounding.
+    `progress` shows a bar; watch(live, waiting) is called before every LOOK steps. ValueError on an
+    empty prompt, or pages too few for one sequence.
     """
     settings = dict(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                     top_k=top_k, min_p=min_p, presence_penalty=presence_penalty,

@@ -1284,13 +1284,13 @@ output = "{output}"
 sample = "{folder}/sample.toml"
 evaluate = "{folder}/evaluate.toml"
 policy = "p"
-prompts = "a"
-validation = "b"
-test = "c"
+prompts = "FILE"
+validation = "FILE"
+test = "FILE"
 [[stage1]]
 name = {name}
 config = "{folder}/stage1.toml"
-"""
+""".replace("FILE", __file__)  # is there, and is not read
 ESCAPES = ["../x", "..", ".", "", "/tmp/x", "a/../../../x", "a/b", "batch", "validation",
            "evaluation", "x" * 300, "a\\u0000b", "a\\nb", "~/x"]  # fmt: skip
 
