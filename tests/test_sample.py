@@ -352,20 +352,11 @@ def test_stop_tokens_and_truncation(network):
     assert all(len(s.tokens) == 1 for s in generate(network, max_new_tokens=1))
 
 
-def parted_by_rounding(network, prompt, seed, a, b):
-    """Whether two responses part where the draw fell on the border of two neighbours in the
-    vocabulary, to the rounding of logits as large as these.
+def test_unequal_lengths_lose_nothing(policy):
+    """Each prompt and sample comes out exactly once, however slots empty and fill. In float64: in
+    float32 a draw may fall within rounding of the border of two tokens.
     """
-    j = next(j for j, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
-    every = [([*prompt, *a[:j]], [token]) for token in range(len(network.head))]
-    p = torch.tensor(packed_logp(network, every, 1.0), dtype=torch.float64).exp()
-    border = p[:max(a[j], b[j])].sum() / p.sum()
-    drawn = S._uniform(torch.tensor(seed), torch.tensor(j))
-    return abs(a[j] - b[j]) == 1 and abs(border - drawn) < 1e-5
-
-
-def test_unequal_lengths_lose_nothing(network):
-    """Each prompt and sample comes out exactly once, however slots empty and fill."""
+    network = models.load(policy, dtype=torch.float64)
     prompts = [[3 + i % 20] * (1 + 7 * i % 23) for i in range(17)]
     want = tokens(generate(network, prompts, n=5, max_new_tokens=60, stop=(1, 6)))
     assert min(map(len, want)) < 4 and max(map(len, want)) > 30
@@ -375,10 +366,7 @@ def test_unequal_lengths_lose_nothing(network):
         seen = [(s.prompt, sample) for s, sample in S.stream(network, prompts, slots=slots,
                                                             **settings)]
         assert len(seen) == 85 and set(seen) == {(p, k) for p in range(17) for k in range(5)}
-        got = tokens(generate(network, prompts, slots=slots, **settings))
-        assert all(a == b or parted_by_rounding(
-            network, prompts[i // 5], S._seed(0, i // 5, i % 5), a, b)
-            for i, (a, b) in enumerate(zip(want, got, strict=True)))
+        assert tokens(generate(network, prompts, slots=slots, **settings)) == want
 
 
 @pytest.mark.parametrize("bad", [
