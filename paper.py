@@ -10,6 +10,7 @@ What is written between the blocks is written by hand.
 """
 
 import argparse
+import json
 import re
 import statistics
 from pathlib import Path
@@ -23,6 +24,7 @@ import runtime
 
 CONFIGS, RECORDS = Path("configs/toy/paper"), Path("docs/results")
 COLUMNS = ("T=1", "T=0.6 top-p 0.95", "greedy")
+CONTROLS = ("sapo", "sapo_kl", "ce2_fast", "ce2_slow", "rwr")  # a single stage each
 
 
 # ---------------------------------------------------------------- tables
@@ -93,7 +95,7 @@ def summary(names):
     """How many claims of each experiment hold -> markdown."""
     lines = ["| experiment | seeds | hold | fail | undecided | too few seeds |", "|---" * 6 + "|"]
     for name in names:
-        asked, entries = claims_of(name), claims.read(RECORDS / f"{name}.jsonl")
+        asked, entries = config_of(name).claim, claims.read(RECORDS / f"{name}.jsonl")
         verdicts = [claims.verdict(c, [x for x, _ in (
             claims.value(c, e) for e in entries.values()) if x is not None]) for c in asked]
         counts = [str(verdicts.count(v)) for v in ("holds", "fails", "undecided", "too few seeds")]
@@ -101,8 +103,57 @@ def summary(names):
     return "\n".join(lines) + "\n"
 
 
-def claims_of(name):
-    return options.read_config(erpd.Config, CONFIGS / f"{name}.toml").claim
+def controls(column):
+    """Every student's last checkpoint minus the best of each control at no more KL, paired by seed
+    -> markdown. A control may stand in the record of another experiment, if that is of the same
+    batch of the same first policy.
+    """
+    records = {name: claims.read(RECORDS / f"{name}.jsonl") for name in recorded()}
+    outputs = {name: config_of(name).output for name in records}
+
+    def origin(name, entry):  # what records of one batch of one first policy have in common
+        return outputs[name], entry["seed"], json.dumps(entry["rows"][0]["sampling"])
+
+    paths = {}  # {(origin, control): {step: row}}
+    for name, entries in records.items():
+        for entry in entries.values():
+            for row in entry["rows"]:
+                if results.label(row) in CONTROLS:
+                    paths.setdefault((origin(name, entry), row["policy"]), {})[row["step"]] = row
+    lines = [f"| experiment | student | KL / token | {' | '.join(CONTROLS)} |",
+             "|---" * (len(CONTROLS) + 3) + "|"]
+    for name, entries in records.items():
+        last = {label: (step, mean(cells["kl"])) for label, step, cells in average(entries)
+                if cells["role"][0] == "student"}
+        for label, (step, kl) in last.items():
+            cells = []
+            for control in CONTROLS:
+                claim = claims.Claim("", of=f"{label}@{step}", against=control, least=0.0,
+                                     measure="equal_kl", sampling=column)
+                beside = [{**entry, "rows": [*entry["rows"], *paths[where, control].values()]}
+                          for entry in entries.values()
+                          if (where := origin(name, entry), control) in paths]
+                cells.append(difference([claims.value(claim, entry) for entry in beside]))
+            if any(cells):
+                lines.append(f"| {name} | {label}@{step} | {kl:.4f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(found):
+    """[(value, note)] by seed -> mean ± 95 %; a star where the control ends at less KL."""
+    if not found:
+        return ""
+    center, half = claims.interval([x for x, _ in found])
+    spread = f" ± {half:.3f}" if len(found) > 2 else f" ({len(found)} seeds)"
+    return f"{center:+.3f}{spread}{'*' if any(note for _, note in found) else ''}"
+
+
+def recorded():
+    return sorted(p.stem for p in RECORDS.glob("*.jsonl"))
+
+
+def config_of(name):
+    return options.read_config(erpd.Config, CONFIGS / f"{name}.toml")
 
 
 # ---------------------------------------------------------------- figures
@@ -164,8 +215,7 @@ def dynamics(entries, runs, path, column="T=0.6 top-p 0.95"):
 def rounds(entries, path):
     """Accuracy of each path's last policy by round, and the KL to the first policy."""
     drawn, axes = figure(3)
-    asked = options.read_config(erpd.Config, CONFIGS / "table2.toml")
-    for name, goals in asked.paths:
+    for name, goals in config_of("table2").paths:
         line = []
         for k, goal in enumerate(goals, 1):
             run, at, step = goal.partition("@")
@@ -224,21 +274,25 @@ FIGURES = {  # name of the picture: (experiment, how it is drawn)
 
 
 def block(what):
-    """The content of one block: 'summary', 'table1 claims', 'table1 rows' or 'table1 run'."""
+    """The content of one block: 'summary', 'controls greedy', 'table1 claims', 'table1 rows' or
+    'table1 run'.
+    """
     if what == "summary":
-        return summary(sorted(p.stem for p in RECORDS.glob("*.jsonl")))
+        return summary(recorded())
+    if what.startswith("controls "):
+        return controls(what.partition(" ")[2])
     name, part = what.split()
     if not (RECORDS / f"{name}.jsonl").exists():
         return "Not recorded yet.\n"
     entries = claims.read(RECORDS / f"{name}.jsonl")
     if part == "claims":
-        return claims.table(claims_of(name), entries)
+        return claims.table(config_of(name).claim, entries)
     return rows(entries) if part == "rows" else provenance(name, entries)
 
 
 def page(text):
     """RESULTS.md with its blocks made anew."""
-    return re.sub(r"(<!-- (?!end)([a-z0-9_ ]+) -->\n).*?(<!-- end -->)",
+    return re.sub(r"(<!-- (?!end)(.+?) -->\n).*?(<!-- end -->)",
                   lambda m: m[1] + block(m[2]) + m[3], text, flags=re.S)
 
 

@@ -60,7 +60,7 @@ def records(tmp_path, monkeypatch):
 def test_every_claim_can_be_held_against_rows(name, records):
     """A claim's names and columns fit together, and its row has a verdict."""
     text = paper.block(f"{name} claims")
-    asked = paper.claims_of(name)
+    asked = paper.config_of(name).claim
     assert text.count("| **") == len(asked) > 0
     assert set(re.findall(r"\*\*(.*?)\*\*", text)) <= {"holds", "fails", "undecided"}
     assert paper.block(f"{name} run").startswith(f"`python erpd.py --config {paper.CONFIGS}/{name}")
@@ -75,6 +75,36 @@ def test_an_efficiency_is_that_of_every_seed_or_none():
         entry["rows"][2]["kl_efficiency"] = 0.75
     line = paper.rows(entries).splitlines()[3:5]
     assert [cells.split(" | ")[-2] for cells in line] == ["", "0.75"]
+
+
+def test_a_control_stands_beside_students_of_the_same_batch_only(records):
+    """Of another record too, where base policy, batch and seed are the same; paired by seed."""
+    def shared(name, seeds, rows):
+        (records / f"{name}.jsonl").unlink(missing_ok=True)
+        for seed in seeds:
+            entry = invented(name, seed)
+            base = {**entry["rows"][0], "sampling": {
+                c: {"accuracy": 0.4 + seed / 10, "accuracy_se": 0.0, "truncated": 0.0}
+                for c in paper.COLUMNS}}
+            like = entry["rows"][1]
+            entry["rows"] = [base, *({**like, **row, "step": 16, "sampling": {
+                c: {"accuracy": row["accuracy"], "accuracy_se": 0.0, "truncated": 0.0}
+                for c in paper.COLUMNS}} for row in rows)]
+            claims.append(records / f"{name}.jsonl", entry)
+
+    for name in EXPERIMENTS:
+        (records / f"{name}.jsonl").unlink()
+    sapo = {"policy": "sapo", "round": 1, "role": "teacher", "kl": 0.04, "accuracy": 0.7}
+    rwr = {"policy": "rwr", "round": 1, "role": "control", "kl": 0.01, "accuracy": 0.6}
+    student = {"policy": "keep_both", "round": 1, "role": "student", "kl": 0.01, "accuracy": 0.65}
+    shared("table1", (0, 1), [sapo])
+    shared("table12", (0, 1, 2), [student, rwr])
+    shared("scarce", (0, 1, 2), [{**sapo, "policy": "ce2_fast"}])  # another batch
+    # sqrt(KL) is half of SAPO's: half of its way up from 0.4 and 0.5, so 0.55 and 0.6
+    assert paper.block("controls greedy").splitlines()[2:] == [
+        "| table12 | keep_both@16 | 0.0100 | +0.075 (2 seeds) |  |  |  | +0.050 ± 0.000 |"]
+    shared("table12", (0, 1, 2), [{**student, "kl": 0.0441}, rwr])
+    assert "| -0.050 (2 seeds)* |" in paper.block("controls T=1")  # SAPO's last, at less KL
 
 
 def test_pictures(records):
