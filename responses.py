@@ -108,7 +108,9 @@ class Samples:
         for q, j in tqdm(stream, total=len(self.mine) * self.n - len(skip), unit="seq",
                          disable=self.ranks.rank != 0, leave=False, delay=10, mininterval=5,
                          desc=s.name):
-            self.add(self.mine[q.prompt], j, q.tokens, q.finished, tokenizer.decode(q.tokens))
+            p = self.mine[q.prompt]
+            self.add(p, j, q.tokens, q.finished,
+                     rollouts.graded_text(tokenizer, prompts[p], q.tokens))
 
 
 def gather(cells, ranks, problems):

@@ -137,6 +137,17 @@ def rewards(rows, responses, *, lenient=False, workers=0, seconds=5, code_second
     return graded
 
 
+def graded_text(tokenizer, prompt, response):
+    """Token ids -> what of a response is graded: its text, behind the `<think>` that its prompt
+    ends in while it has not closed that.
+    """
+    text = tokenizer.decode(response)
+    opened = tokenizer.decode(prompt[-16:], special=True).rstrip().endswith("<think>")
+    if opened and "</think>" not in tokenizer.decode(response, special=True):
+        return "<think>" + text
+    return text
+
+
 def check_row(place, row):
     """ValueError where a field of a prompt or of an imported row is there, but not what it must be.
     """
@@ -557,7 +568,8 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, lenient=False
             if "tests" not in row:
                 row["answer"] = str(row["answer"])
             try:
-                reward, = rewards([row], [tokenizer.decode(response)], lenient=lenient)
+                reward, = rewards([row], [graded_text(tokenizer, prompt, response)],
+                                  lenient=lenient)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
         elif reward is None:
@@ -590,7 +602,8 @@ def show(folder, policy=None, count=3):
     batch = load(folder)
     policy = policy or batch.header["policy"]
     tokenizer = models.Tokenizer(policy)
-    check_tokens(folder, batch.tokens.tolist(), models.read_config(policy).vocab, policy)
+    check_tokens(folder, [int(batch.tokens.min()), int(batch.tokens.max())],
+                 models.read_config(policy).vocab, policy)
     print(json.dumps(batch.header, indent=2))
     reward = batch.reward.nan_to_num()
     groups = torch.unique(batch.prompt)

@@ -31,6 +31,7 @@ not complete yet.
 """
 
 import hashlib
+import math
 import random
 import time
 from collections import deque
@@ -538,9 +539,12 @@ class Config:
     grading: runtime.Grading = section(runtime.Grading)
 
     def __post_init__(self):
-        for name, least in (("num_prompts", 0), ("n", 1), ("prompts_per_shard", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name, bounds in (("num_prompts", dict(least=0)), ("n", dict(least=1)),
+                             ("max_new_tokens", dict(least=1)), ("temperature", dict(least=0)),
+                             ("top_p", dict(above=0, most=1)), ("top_k", dict(least=0)),
+                             ("min_p", dict(least=0, most=1)), ("slots", dict(least=0)),
+                             ("prompts_per_shard", dict(least=1))):
+            options.in_range(name, getattr(self, name), **bounds)
 
 
 def main():
@@ -594,18 +598,24 @@ def main():
               f"mean length {batch.response_length.float().mean():.1f}", flush=True)
 
 
+def context(path):
+    """The number of tokens that a checkpoint is made for; inf where it does not say."""
+    config = hf.read_json(Path(path) / "config.json")
+    limit = (config.get("text_config") or config).get("max_position_embeddings")
+    return limit if durable.number(limit, 1) else math.inf
+
+
 def check_prompts(rows, prompts, tokenizer, vocab, stop_tokens=()):
     """ValueError, before anything is sampled, where the tokenizer is not the model's, a prompt is
     longer than what the model is made for, or a stop token is none.
     """
     rollouts.check_tokens("stop_tokens", stop_tokens, vocab, tokenizer.path)
-    config = hf.read_json(tokenizer.path / "config.json")
-    context = (config.get("text_config") or config).get("max_position_embeddings")
+    limit = context(tokenizer.path)
     for row, tokens in zip(rows, prompts, strict=True):
         rollouts.check_tokens(row["place"], tokens, vocab, tokenizer.path)
-        if durable.number(context, 1) and len(tokens) >= context:
+        if len(tokens) >= limit:
             raise ValueError(f"{row['place']}: the prompt has {len(tokens)} tokens, "
-                             f"and the model is made for {context}")
+                             f"and the model is made for {limit}")
     rollouts.check_tokens(f"{tokenizer.path}/generation_config.json: eos_token_id",
                           list(tokenizer.stop), vocab, tokenizer.path)
 
@@ -623,6 +633,12 @@ def collect(cfg, ranks, rows, shards, todo, header):
     total, share = len(prompts) * cfg.n, -(-len(prompts) * cfg.n // ranks.world)
     slots, pages = capacity(model, prompts, cfg.max_new_tokens, share, cfg.slots)
     longest = max(map(len, prompts))
+    if longest + cfg.max_new_tokens > context(cfg.policy):
+        ranks.print(f"note: sequences may have {longest + cfg.max_new_tokens} tokens, and the "
+                    f"model is made for {context(cfg.policy)}: lower max_new_tokens")
+    if not (tokenizer.stop or cfg.stop_tokens or cfg.stop_strings):
+        ranks.print("note: the checkpoint names no token that ends a response (eos_token_id), and "
+                    "neither does stop_tokens: all will be truncated")
     ranks.print(memory.text(memory.sampling(
         model.config, slots, longest + cfg.max_new_tokens, longest, device=ranks.device.type,
         tokens=pages * mixing.PAGE[ranks.device.type])))
@@ -656,7 +672,8 @@ def collect(cfg, ranks, rows, shards, todo, header):
     def finish(s, done):
         """Grade a shard and write it."""
         reward = rollouts.rewards(
-            [rows[row] for (row, _), _ in done], [tokenizer.decode(q.tokens) for _, q in done],
+            [rows[row] for (row, _), _ in done],
+            [rollouts.graded_text(tokenizer, prompts[q.prompt], q.tokens) for _, q in done],
             lenient=cfg.lenient, **asdict(cfg.grading))
         starts = [prompts[q.prompt] for _, q in done]
         rollouts.write_shard(

@@ -92,6 +92,28 @@ def test_prompts_may_be_conversations(tmp_path, policy):
     assert tokenizer.decode(R.prompt_tokens(tokenizer, problem, "|{problem}|")) == "|4+5=|"
 
 
+@pytest.mark.parametrize("prompt, response, want", [
+    ("1+1= <think>\n", r"so \boxed{2}. But wait", 0.0),  # cut, or never closed
+    ("1+1= <think>\n", r"so \boxed{3}</think> \boxed{2}", 1.0),
+    ("1+1= <think>\n", r"so \boxed{2}</think> 3", 0.0),
+    ("<think> 1+1= </think>", r"\boxed{2}", 1.0),
+    ("1+1=", r"\boxed{2}", 1.0),
+])
+def test_thinking_that_the_prompt_opened_belongs_to_the_response(prompt, response, want):
+    class Tokenizer:
+        def decode(self, tokens, special=False):
+            text = "".join(map(chr, tokens))
+            return text if special else text.replace("</think>", hidden)
+
+    for hidden in ("</think>", ""):  # a tokenizer may count its mark among the special tokens
+        text = R.graded_text(Tokenizer(), [*map(ord, prompt)], [*map(ord, response)])
+        if hidden:
+            assert R.rewards([{"answer": "2"}], [text]) == [want]
+        else:
+            assert text.startswith("<think>") == (prompt.endswith("<think>\n")
+                                                  and "</think>" not in response)
+
+
 def test_prompts_have_system_switches_and_a_first_word(policy):
     """What surrounds the problem reaches the chat template, in its place; a system message that
     the row brings itself stays."""
