@@ -156,7 +156,7 @@ def pretrain(run, config, model, optimizer, batch, kept, ranks):
         grad_norm = runtime.clip_gradients(model, settings.clip)
         runtime.require_finite(step, float(total), grad_norm, row, value)
         for group in optimizer.param_groups:
-            group["lr"] = runtime.warmup(settings.lr, step, settings.warmup)
+            group["lr"] = runtime.warmup(settings.lr, runtime.updates(optimizer), settings.warmup)
         if not run.spike(step, grad_norm, settings):
             optimizer.step()
         optimizer.zero_grad()

@@ -386,7 +386,7 @@ def diagnostics(logp, old_logp, entropy, advantage, reward, segment, *,
         "ratio_min": rho.min(), "ratio_max": rho.max(),
         "kl_reverse": reverse_kl(logp, old_logp).mean(),
         "kl_forward": forward_kl(logp, old_logp).mean(),
-        "explained_variance": explained_variance(p, R),
+        "explained_variance": explained_variance(p[R >= 0], R[R >= 0]),  # of decided rewards
     }
     if advantage is not None:
         result["clip_low"] = ((rho < 1.0 - clip_low) & (advantage < 0)).double().mean()

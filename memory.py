@@ -23,7 +23,7 @@ on a CPU: 4):
 
 Blocks and head take turns, so the larger counts. What a block keeps is counted from autograd
 (tests/test_memory.py counts again and measures whole steps on a CPU); the GPU's reserve and
-fragmentation are assumed. metrics.jsonl has the peak of every step beside the bound.
+fragmentation are assumed. metrics.jsonl has the peak so far beside the bound.
 """
 
 from dataclasses import dataclass

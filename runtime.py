@@ -186,6 +186,8 @@ class Train:
         for name in ("warmup", "weight_decay", "replicas", "spike", "seed"):
             options.in_range(f"train.{name}", getattr(self, name), least=0)
         options.in_range("train.seed", self.seed, most=2**40)
+        for step in self.checkpoint_at:
+            options.in_range("train.checkpoint_at", step, least=1)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas must be two numbers in [0, 1), not {self.betas}")
 
@@ -210,6 +212,7 @@ class Ranks:
     device: torch.device
     mesh: object
     store: object  # keys and counters that all ranks share
+    fingerprints: dict = dataclasses.field(default_factory=dict)  # of the folders asked for so far
 
     def print(self, *text):
         if self.rank == 0:
@@ -341,8 +344,12 @@ def memory_bound(paths, batch, train, ranks, frozen=0):
 
 
 def fingerprint(path, ranks):
-    """model.fingerprint, its bytes read by one rank only."""
-    return ranks.agree(models.fingerprint(path) if ranks.rank == 0 else None)
+    """model.fingerprint, its bytes read by one rank only, and once."""
+    path = str(path)
+    if path not in ranks.fingerprints:
+        ranks.fingerprints[path] = ranks.agree(
+            models.fingerprint(path) if ranks.rank == 0 else None)
+    return ranks.fingerprints[path]
 
 
 def adamw(model, lr, betas, weight_decay):
@@ -353,6 +360,11 @@ def adamw(model, lr, betas, weight_decay):
 def warmup(lr, step, steps):
     """Learning rate of step 0, 1, ...: linear over the first `steps`, then constant."""
     return lr * min(1.0, (step + 1) / max(steps, 1))
+
+
+def updates(optimizer):
+    """How many updates it has made, in this run and those that it was taken over from."""
+    return int(next(iter(optimizer.state.values()), {"step": 0})["step"])
 
 
 def minibatch(prompt, step, size, seed):
@@ -376,6 +388,17 @@ def minibatch(prompt, step, size, seed):
         chosen += take
         place += len(take)
     return torch.isin(prompt, prompts[chosen]).nonzero()[:, 0]
+
+
+def trained_on(batch, keep, size):
+    """Rows of a batch where `keep` [N], to make minibatches of `size` prompts of: [n].
+    ValueError where there is none, or fewer prompts than that.
+    """
+    kept = keep.nonzero()[:, 0]
+    if not len(kept):
+        raise ValueError(f"{batch.folder}: no row is left to train on")
+    minibatch(batch.prompt[kept], 0, size, 0)
+    return kept
 
 
 def clip_gradients(model, limit):
@@ -406,7 +429,8 @@ def require_reproducible(logp, old_logp):
     if float(difference.mean()) > 0.01:
         raise ValueError("before any update the policy's log-probs differ from old_logp by "
                          f"{difference.mean():.3g} on average: the forward pass is not "
-                         "reproducible")
+                         "reproducible; or those were kept (logp.* in the batch's folder) by "
+                         "another kind of machine: delete them")
     return float(difference.mean()), float(difference.max())
 
 
@@ -479,7 +503,7 @@ class Run:
         difference. FREE keys and those of may_change may differ, those of may_grow be larger.
         """
         self.folder, self.ranks = Path(folder), ranks
-        self.free = {*may_change, *(f"train.{name}" for name in FREE)}
+        self.free = {"output", *may_change, *(f"train.{name}" for name in FREE)}
         self.listening = self.asked = False  # for SIGTERM, and whether it came
         self.bound = math.inf  # of a rank's memory, GiB
         asked = {"config": dataclasses.asdict(config), "inputs": inputs}
@@ -489,7 +513,7 @@ class Run:
         states = _states(self.folder)
         self.state = ranks.agree(states[-1] if states else None)
         self.first = int(self.state.name.removeprefix("step_")) if self.state else 0
-        self.done = ranks.agree(self._done() == self._binding({"config": asked["config"]}))
+        self.done = ranks.agree(self._done() == self._binding(asked))
         if ranks.rank == 0 and not self.done:
             durable.write_text(self.folder / "config.toml", options.to_toml(config))
             kept = [m for m in self._metrics() if m["step"] <= self.first]
@@ -510,7 +534,8 @@ class Run:
         dist.all_reduce(asked)
         if not asked:
             return
-        if step > self.first:
+        there = (self.folder / "state" / f"step_{step:06d}").exists()
+        if not self.ranks.agree(there) and step > self.first:
             self._save_state(step, model, optimizer)
         self.ranks.print(f"stopped by SIGTERM after step {step}; the same command goes on there")
         sys.stdout.flush()
@@ -519,8 +544,8 @@ class Run:
     def spike(self, step, norm, train):
         """Report a gradient norm far above the recent ones; returns whether to skip the update."""
         recent, self.norms = sorted(self.norms[-16:]), [*self.norms, norm]
-        usual = recent[len(recent) // 2] if len(recent) >= 4 else float("inf")
-        if not self.ranks.agree(train.spike and norm > train.spike * usual):
+        usual = recent[len(recent) // 2] if len(recent) >= 4 else 0.0
+        if not self.ranks.agree(usual > 0 and train.spike and norm > train.spike * usual):
             return False
         self.ranks.print(f"step {step + 1}: gradient norm {norm:.3g} is {norm / usual:.0f} times "
                          f"the usual{'; the update is left out' if train.skip_spikes else ''}")
@@ -535,8 +560,11 @@ class Run:
             if done or models.checkpoints(self.folder) or _states(self.folder):
                 self._compare(was, asked, may_grow)
                 environments = was["environments"]
-                if done == self._binding({"config": asked["config"]}):
+                if done == self._binding(asked):
                     return
+                if done and not _states(self.folder):
+                    raise ValueError(f"{self.folder}: this run is complete and its resume state is "
+                                     "gone: it cannot go on. Choose another output, or delete it")
         durable.write_text(file, json.dumps(
             {**asked, "environments": [*environments, environment(self.ranks)]}, indent=2))
 
@@ -552,14 +580,14 @@ class Run:
 
     def _binding(self, made):
         """What a run is held to, by key, of its record {"config", "inputs"}."""
-        flat = _flat(made["config"]) | _flat(made.get("inputs", {}))
+        flat = _flat(made["config"]) | _flat(made["inputs"])
         return {name: value for name, value in flat.items() if name not in self.free}
 
     def _done(self):
-        """What of its config binds a finished run; None of one that is not."""
+        """What binds a finished run; None of one that is not."""
         file = self.folder / "done.json"
-        return self._binding({"config": durable.read_object(file, config=dict)["config"]}
-                             ) if file.exists() else None
+        return (self._binding(durable.read_object(file, config=dict, inputs=dict))
+                if file.exists() else None)
 
     def _metrics(self):
         return durable.read_lines(self.folder / "metrics.jsonl", ["grad_norm"], step=int)
@@ -604,23 +632,26 @@ class Run:
                 shutil.rmtree(old)
         dist.barrier()
 
-    def restore(self, model, optimizer, other=""):
+    def restore(self, model, optimizer, other="", policy=""):
         """Load the latest state, if any; a fresh run takes over the optimiser's part of another
-        run's last state, if that is given.
+        run's last state, if that is given. Where `policy` is the checkpoint of that state, its
+        weights too: they are float32, a checkpoint in bfloat16 would round small updates away.
         """
         if self.state:
             resume.load(self.state, model, optimizer)
             self.ranks.print(f"resumed from {self.state}")
         elif other:
             state = last_state(other)
-            resume.load(state, model, optimizer, weights=False)
-            self.ranks.print(f"the optimiser goes on from {state}")
+            same = (Path(other) / state.name).resolve() == Path(policy).resolve()
+            resume.load(state, model, optimizer, weights=same)
+            self.ranks.print(f"{'weights and optimiser go' if same else 'the optimiser goes'} "
+                             f"on from {state}")
 
     def finish(self, **summary):
         if self.ranks.rank == 0:
-            config = durable.read_object(self.folder / "run.json", config=dict)["config"]
-            durable.write_text(self.folder / "done.json",
-                               json.dumps({"config": config, **summary}, indent=2))
+            made = durable.read_object(self.folder / "run.json", config=dict, inputs=dict)
+            durable.write_text(self.folder / "done.json", json.dumps(
+                {"config": made["config"], "inputs": made["inputs"], **summary}, indent=2))
 
 
 def last_state(folder):
@@ -662,7 +693,7 @@ def versions():
 
 
 def memory_gib(ranks):
-    """Peak memory of this process: on the GPU where there is one, else resident."""
+    """Peak memory of this process so far: on the GPU where there is one, else resident."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux

@@ -103,8 +103,10 @@ class Loss:
         options.one_of("loss.aggregate", self.aggregate, ("sum", "mean"))
         options.one_of("loss.kl", self.kl, (*losses.PENALTIES, "exact"))
         runtime.check_average(self, "loss")
-        for name in ("beta", "clip_low", "clip_high", "cispo_clip", "c1_pos", "c2_pos", "c1_neg",
-                     "c2_neg", "tau_pos", "tau_neg", "negative_weight", "tilt", "kl_coef"):
+        for name in ("beta", "tau_pos", "tau_neg"):
+            options.in_range(f"loss.{name}", getattr(self, name), above=0)
+        for name in ("clip_low", "clip_high", "cispo_clip", "c1_pos", "c2_pos", "c1_neg", "c2_neg",
+                     "negative_weight", "tilt", "kl_coef"):
             options.in_range(f"loss.{name}", getattr(self, name), least=0)
         options.in_range("loss.entropy_coef", self.entropy_coef)
 
@@ -130,8 +132,9 @@ class Config:
     logprob_temperature: float = key(
         0.0, "temperature of all log-probs; 0: the one the batch was sampled at")
     drop_unfinished: bool = key(False, "leave out truncated responses")
-    optimizer: str = key("", "run folder whose optimiser state is taken over at the start, for "
-                             "on-policy rounds of a step each; empty: a fresh one")
+    optimizer: str = key("", "run folder whose optimiser is taken over at the start, and its "
+                             "float32 weights if policy is its last checkpoint: for on-policy "
+                             "rounds of a step each; empty: a fresh one")
     steps: int = key(64, "optimiser steps; may be raised to go on from a finished run")
     loss: Loss = section(Loss)
     value: critic.Value = section(critic.Value)
@@ -155,6 +158,8 @@ def main():
     old = cfg.old or batch.header["policy"]
     temperature = cfg.logprob_temperature or batch.temperature
     reference = {"old": old, "start": cfg.policy}.get(cfg.loss.reference, cfg.loss.reference)
+    if "reference" in cfg.loss.unread:
+        reference = old
     inputs = {"batch": batch.digest, **{name: runtime.fingerprint(path, ranks) for name, path in (
         ("policy", cfg.policy), ("old", old), ("reference", reference))}}
     if inputs["old"] != batch.header["fingerprint"]:
@@ -164,15 +169,14 @@ def main():
 
     # which rows are trained on: a reward the grader could not decide teaches nothing
     undecided, truncated = batch.reward.isnan(), ~batch.finished
-    kept = (~undecided & ~(truncated & cfg.drop_unfinished)).nonzero()[:, 0]
-    if not len(kept):
-        raise ValueError(f"{cfg.batch}: no row is left to train on")
+    kept = runtime.trained_on(batch, ~undecided & ~(truncated & cfg.drop_unfinished), max(
+        cfg.train.prompts_per_step, cfg.value.prompts_per_step if cfg.loss.name == "ppo" else 0))
 
-    if cfg.optimizer:
-        runtime.last_state(cfg.optimizer)  # it is there
     run = runtime.Run(cfg.output, cfg, inputs, ranks, may_grow=("steps",))
     if run.done:
         return ranks.print(f"{cfg.output}: already complete")
+    if cfg.optimizer and not run.state:
+        runtime.last_state(cfg.optimizer)  # it is there
     ranks.note_unread("loss", cfg.loss, cfg.loss.unread)
     if cfg.loss.name != "ppo":
         ranks.note_unread("value", cfg.value, {f.name for f in fields(cfg.value)})
@@ -206,7 +210,7 @@ def main():
 
     model = runtime.policy(cfg.policy, ranks, cfg.train)
     optimizer = runtime.adamw(model, cfg.train.lr, cfg.train.betas, cfg.train.weight_decay)
-    run.restore(model, optimizer, cfg.optimizer)
+    run.restore(model, optimizer, cfg.optimizer, cfg.policy)
     frozen = {name: runtime.policy(old, ranks, cfg.train) for name in cfg.frozen}
     prompts = len(torch.unique(batch.prompt[kept]))
     ranks.print(f"steps {run.first + 1} to {cfg.steps} of {cfg.train.prompts_per_step} "
@@ -250,7 +254,7 @@ def main():
                         "{:.2g} at most".format(*runtime.require_reproducible(
                             logp, old_logp[place])))
         for group in optimizer.param_groups:
-            group["lr"] = runtime.warmup(cfg.train.lr, step, cfg.train.warmup)
+            group["lr"] = runtime.warmup(cfg.train.lr, runtime.updates(optimizer), cfg.train.warmup)
         if not run.spike(step, grad_norm, cfg.train):
             optimizer.step()
         optimizer.zero_grad()

@@ -140,11 +140,14 @@ def main():
     names = {name for s in cfg.signal for name in (s.numerator, s.denominator)} - {
         "old", "evolving", "none"}
     inputs = {"policy": runtime.fingerprint(old, ranks), "batch": batch.digest,
-              **{name: runtime.fingerprint(name, ranks) for name in sorted(names)}}
+              "signals": {name: runtime.fingerprint(name, ranks) for name in sorted(names)}}
     if inputs["policy"] != batch.header["fingerprint"]:
         raise ValueError(f"{old} is not the policy that sampled {cfg.batch}: fingerprints differ; "
                          "set policy to the one that is")
     runtime.require_tokens(batch, old)
+    # the signal needs no reward: rows that the grader could not decide stay in
+    kept = runtime.trained_on(batch, batch.finished | (not cfg.drop_unfinished),
+                              cfg.train.prompts_per_step)
     run = runtime.Run(cfg.output, cfg, inputs, ranks)
     if run.done:
         return ranks.print(f"{cfg.output}: already complete")
@@ -163,8 +166,6 @@ def main():
                                            temperature=temperature)
     old_logp = logp_of["old"]
 
-    # the signal needs no reward: rows that the grader could not decide stay in
-    kept = (batch.finished | (not cfg.drop_unfinished)).nonzero()[:, 0]
     used = torch.isin(torch.arange(len(batch)), kept).repeat_interleave(batch.lengths)
     token = (batch.response & used).nonzero()[:, 0]  # places of the response tokens
     owner = torch.arange(len(batch)).repeat_interleave(batch.lengths)[token]  # row of each token
@@ -188,7 +189,7 @@ def main():
 
     for signal in cfg.signal:
         if not signal.full and signal.denominator != "evolving":
-            sides = [{"old": inputs["policy"], **inputs}.get(side)
+            sides = [{"old": inputs["policy"], **inputs["signals"]}.get(side)
                      for side in (signal.numerator, signal.denominator)]
             report(ranks, signal, fixed(signal), noise, identical=sides[0] == sides[1])
     run.restore(model, optimizer)
@@ -261,7 +262,7 @@ def main():
         grad_norm = runtime.clip_gradients(model, cfg.train.clip)
         runtime.require_finite(step, float(total), grad_norm, row, logp)
         for group in optimizer.param_groups:
-            group["lr"] = runtime.warmup(cfg.train.lr, step, cfg.train.warmup)
+            group["lr"] = runtime.warmup(cfg.train.lr, runtime.updates(optimizer), cfg.train.warmup)
         if not run.spike(step, grad_norm, cfg.train):
             optimizer.step()
         optimizer.zero_grad()

@@ -281,6 +281,30 @@ def test_sigterm_saves_the_critic(run, tmp_path, policy, batch):
     assert same_bits(tmp_path / "x/step_000003", tmp_path / "y/step_000003")
 
 
+def test_sigterm_while_the_values_are_scored(run, tmp_path, policy, batch, monkeypatch):
+    """The state after pretraining is there already: nothing is written again, nothing is lost."""
+    settings = arguments(policy, batch, tmp_path / "x", "value.steps=2", "train.max_tokens=100")
+    listen, calls = runtime.Run.stop_if_asked, []
+
+    def ask(self, step, *rest):
+        calls.append(step)
+        self.asked |= calls.count(2) == 2  # between two micro-batches
+        listen(self, step, *rest)
+
+    def leave(status):
+        raise SystemExit(status)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.Run, "stop_if_asked", ask)
+        patch.setattr(runtime.os, "_exit", leave)
+        with pytest.raises(SystemExit, match="143"):
+            run(stage1, *settings)
+    assert [p.name for p in (tmp_path / "x/critic/state").iterdir()] == ["step_000002"]
+    run(stage1, *settings)
+    run(stage1, *arguments(policy, batch, tmp_path / "y", "value.steps=2", "train.max_tokens=100"))
+    assert torch.equal(values(tmp_path / "x"), values(tmp_path / "y"))
+
+
 # ---------------------------------------------------------------- damaged, or another's
 
 

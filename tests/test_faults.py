@@ -276,6 +276,16 @@ def test_a_spike_is_reported_and_can_be_skipped(run, tmp_path, policy, batch, ca
     assert same_bits(tmp_path / "skipped/step_000004", tmp_path / "skipped/step_000006")
 
 
+def test_gradients_that_are_mostly_zero_are_no_reason_to_stop(run, tmp_path, policy):
+    """Groups of equal rewards teach GRPO nothing; the one that does is no spike."""
+    reward = [0.0] * 28 + [0.0, 1.0, 0.0, 1.0]
+    batch = write_batch(tmp_path / "batch", policy, reward=reward)
+    run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=16", "loss.name=grpo",
+                           "train.prompts_per_step=1"))
+    norms = [json.loads(line)["grad_norm"] for line in open(tmp_path / "x/metrics.jsonl")]
+    assert len(norms) == 16 and sum(x == 0 for x in norms) == 14 and max(norms) > 0
+
+
 def test_the_usual_norm_is_known_after_a_resume(run, tmp_path, policy, batch):
     """The guard's memory is metrics.jsonl: a resumed run decides as an uninterrupted one."""
     guard = ["train.spike=1.2", "train.skip_spikes=true", "train.checkpoint_every=6"]

@@ -722,3 +722,7 @@ def test_diagnostics_undefined():
         f64(0, -math.inf), f64(0, -1), None, None, f64(1, 0), torch.tensor([0, 1])
     )
     assert perfect["explained_variance"] == 1
+    undecided = losses.diagnostics(
+        f64(0, -math.inf, -1), f64(0, -1, -1), None, None, f64(1, 0, math.nan), torch.arange(3)
+    )
+    assert undecided["explained_variance"] == 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from conftest import (
     weights,
     write_batch,
     write_hybrid,
+    write_policy,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import losses
 import model as models
@@ -195,6 +197,39 @@ def test_the_optimiser_of_another_run_is_taken_over(run, tmp_path, policy, batch
 
 
 
+def test_rounds_of_a_16_bit_policy_lose_nothing(run, tmp_path):
+    """Checkpoints are rounded to bfloat16, the state that goes with them is not: two steps and
+    one that goes on from them are three, warm-up and all."""
+    policy = write_policy(tmp_path / "policy")
+    file = policy / "model.safetensors"
+    save_file({name: x.bfloat16() for name, x in load_file(file).items()}, file, {"format": "pt"})
+    batch = write_batch(tmp_path / "batch", policy)
+    settings = ["train.prompts_per_step=8", "train.lr=1e-4", "train.warmup=5"]
+    run(stage1, *arguments(policy, batch, tmp_path / "a", "steps=2", *settings))
+    run(stage1, *arguments(tmp_path / "a/step_000002", batch, tmp_path / "b", "steps=1", *settings,
+                           f"old={policy}", f"optimizer={tmp_path / 'a'}"))
+    run(stage1, *arguments(policy, batch, tmp_path / "c", "steps=3", *settings))
+    [b], [c] = ((tmp_path / state).iterdir()
+                for state in ("b/state/step_000001", "c/state/step_000003"))
+    b, c = load_file(b), load_file(c)
+    assert b.keys() == c.keys() and all(torch.equal(b[name], c[name]) for name in c)
+    assert weights(tmp_path / "c/step_000003").keys() and any(
+        not torch.equal(x, c["weight." + name])
+        for name, x in weights(tmp_path / "c/step_000003").items())
+
+
+def test_a_taken_over_run_needs_the_other_no_more(run, tmp_path, policy, batch, capsys):
+    """Once it has a state of its own, or is complete."""
+    run(stage1, *arguments(policy, batch, tmp_path / "a", "steps=1"))
+    settings = arguments(tmp_path / "a/step_000001", batch, tmp_path / "b", f"old={policy}",
+                         f"optimizer={tmp_path / 'a'}")
+    run(stage1, *settings, "steps=1")
+    shutil.rmtree(tmp_path / "a/state")
+    run(stage1, *settings, "steps=1")
+    assert "already complete" in capsys.readouterr().out
+    run(stage1, *settings, "steps=2")
+
+
 def test_hybrid_sharding_on_a_two_by_two_mesh(run, tmp_path, policy, batch):
     run(stage1, *arguments(policy, batch, tmp_path / "one", "steps=2"))
     result = command(
@@ -356,6 +391,19 @@ def test_recovery_starts_from_another_policy_than_the_batch(run, tmp_path, polic
     assert abs(b["loss"] - a["loss"]) > 1e-4
 
 
+@pytest.mark.parametrize("setting, words", [
+    ("loss.beta=0", "loss.beta must be above 0"),
+    ("loss.tau_pos=0", "loss.tau_pos must be above 0"),
+    ("train.checkpoint_at=[2, 0]", "train.checkpoint_at must be at least 1, not 0"),
+    ("train.prompts_per_step=9", "a minibatch of 9 prompts is larger than the batch"),
+])
+def test_what_cannot_be_is_said_before_anything_is_computed(run, tmp_path, policy, setting, words):
+    write_batch(tmp_path / "batch", policy)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        run(stage1, *arguments(policy, tmp_path / "batch", tmp_path / "x", setting))
+    assert not list((tmp_path / "batch").glob("logp.*")) and not (tmp_path / "x").exists()
+
+
 def test_non_finite_stops_before_the_update_and_names_rows(run, tmp_path, policy, batch):
     settings = arguments(
         policy, batch, tmp_path / "x", "steps=9", "train.checkpoint_every=1", "train.lr=1e38"
@@ -387,6 +435,21 @@ def test_steps_may_be_raised_and_a_finished_run_is_left_alone(run, tmp_path, pol
             run(stage1, *arguments(policy, batch, tmp_path / name, f"steps={steps}"))
     assert "already complete" in capsys.readouterr().out
     assert same_bits(tmp_path / "x/step_000004", tmp_path / "y/step_000004")
+
+
+def test_a_finished_run_without_its_state_does_not_begin_anew(run, tmp_path, policy, batch,
+                                                              monkeypatch, capsys):
+    """It may be looked at, moved, its inputs be spelt otherwise; not be raised, and not be lost."""
+    run(stage1, *arguments(policy, batch, tmp_path / "x", "steps=2"))
+    shutil.rmtree(tmp_path / "x/state")
+    (tmp_path / "x").rename(tmp_path / "moved")
+    before = {p: p.read_bytes() for p in (tmp_path / "moved").rglob("*") if p.is_file()}
+    monkeypatch.chdir(batch.parent)
+    run(stage1, *arguments(f"{policy}/", batch.name, tmp_path / "moved", "steps=2"))
+    assert "already complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="its resume state is gone"):
+        run(stage1, *arguments(policy, batch, tmp_path / "moved", "steps=3"))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "moved").rglob("*") if p.is_file()}
 
 
 def test_steps_may_not_be_lowered(run, tmp_path, policy, batch):

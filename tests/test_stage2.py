@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -191,6 +192,16 @@ def test_identical_checkpoints_give_no_signal_and_rounding_is_refused(
     almost = perturbed(tmp_path / "almost", policy, 1e-9)
     with pytest.raises(ValueError, match="re-scoring noise"):
         run(stage2, *arguments(batch, tmp_path / "noise", almost, "old", 2))
+
+
+def test_a_checkpoint_may_be_named_like_an_input(run, tmp_path, policy, batch, teacher,
+                                                 monkeypatch):
+    """numerator = policy is the folder policy, not the policy."""
+    shutil.copytree(teacher, tmp_path / "policy")
+    monkeypatch.chdir(tmp_path)
+    run(stage2, *arguments(batch, tmp_path / "x", "policy", "old", 2))
+    run(stage2, *arguments(batch, tmp_path / "y", teacher, "old", 2))
+    assert same_bits(tmp_path / "x/step_000002", tmp_path / "y/step_000002")
 
 
 def test_every_signal_is_looked_at_before_the_first_step(run, tmp_path, policy, batch, teacher):
