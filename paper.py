@@ -24,7 +24,9 @@ import runtime
 
 CONFIGS, RECORDS = Path("configs/toy/paper"), Path("docs/results")
 COLUMNS = ("T=1", "T=0.6 top-p 0.95", "greedy")
-CONTROLS = ("sapo", "sapo_kl", "ce2_fast", "ce2_slow", "rwr")  # a single stage each
+CONTROLS = {  # a single stage each, and the runs of it, whichever is best at a KL
+    "SAPO": ("sapo",), "SAPO + KL": ("sapo_kl",), "RWR": ("rwr",), "sharpened": ("sharpened",),
+    "CE, beta 2": ("ce2_fast", "ce2_slow", "ce2_long", "ce_strong")}
 
 
 # ---------------------------------------------------------------- tables
@@ -80,14 +82,16 @@ def selected(entries):
 
 
 def provenance(name, entries):
-    """Command, seeds, machine, wall-clock -> text."""
+    """Command, machine, wall-clock -> text."""
     machines = sorted({f"{e['machine']['cores']} cores, {e['machine']['cpu']}, torch "
                        f"{e['machine']['torch']}" for e in entries.values()})
     minutes = [sum(e["wall"].values()) / 60 for e in entries.values()]
     picked = selected(entries)
-    return (f"`python erpd.py --config {CONFIGS}/{name}.toml`; seeds "
-            f"{', '.join(map(str, entries))}; {statistics.mean(minutes):.0f} minutes a seed on "
-            f"{'; '.join(machines)}, with what it shares with other experiments."
+    processes = sorted({str(e["machine"]["processes"]) for e in entries.values()})
+    return (f"`python erpd.py --config {CONFIGS}/{name}.toml --set first_seed={min(entries)} "
+            f"seeds={len(entries)}`; {statistics.mean(minutes):.0f} minutes a seed in "
+            f"{' or '.join(processes)} process(es) on {'; '.join(machines)}, with what it shares "
+            "with other experiments."
             + (f" Selected on validation prompts, by seed: {picked}." if picked else "") + "\n")
 
 
@@ -104,38 +108,49 @@ def summary(names):
 
 
 def controls(column):
-    """Every student's last checkpoint minus the best of each control at no more KL, paired by seed
-    -> markdown. A control may stand in the record of another experiment, if that is of the same
-    batch of the same first policy.
+    """Every student minus the best of each control at no more KL, and of its own teacher's path,
+    paired by seed -> markdown. The student's step is the one that claims name first, else its last.
+    A control may stand in the record of another experiment, if that is of the same batch of the
+    same first policy.
     """
     records = {name: claims.read(RECORDS / f"{name}.jsonl") for name in recorded()}
-    outputs = {name: config_of(name).output for name in records}
+    configs = {name: config_of(name) for name in records}
 
     def origin(name, entry):  # what records of one batch of one first policy have in common
-        return outputs[name], entry["seed"], json.dumps(entry["rows"][0]["sampling"])
+        return configs[name].output, entry["seed"], json.dumps(entry["rows"][0]["sampling"])
 
-    paths = {}  # {(origin, control): {step: row}}
+    paths = {}  # {origin: {(run, step): row}}
     for name, entries in records.items():
         for entry in entries.values():
             for row in entry["rows"]:
-                if results.label(row) in CONTROLS:
-                    paths.setdefault((origin(name, entry), row["policy"]), {})[row["step"]] = row
-    lines = [f"| experiment | student | KL / token | {' | '.join(CONTROLS)} |",
-             "|---" * (len(CONTROLS) + 3) + "|"]
+                paths.setdefault(origin(name, entry), {})[results.label(row), row["step"]] = row
+    columns = ["its teacher", *CONTROLS]
+    lines = [f"| experiment | student | KL / token | {' | '.join(columns)} |",
+             "|---" * (len(columns) + 3) + "|"]
     for name, entries in records.items():
-        last = {label: (step, mean(cells["kl"])) for label, step, cells in average(entries)
-                if cells["role"][0] == "student"}
-        for label, (step, kl) in last.items():
+        teachers = {s.name: s.numerator.partition("@")[0] for s in configs[name].stage2
+                    if not s.then}
+        claimed = dict(claims.parts(c.of) for c in reversed(configs[name].claim))
+        points = average(entries)
+        for label in dict.fromkeys(label for label, _, cells in points
+                                   if cells["role"][0] == "student"):
+            rows = {step: cells for which, step, cells in points if which == label}
+            step = claimed.get(label) or max(rows)
             cells = []
-            for control in CONTROLS:
-                claim = claims.Claim("", of=f"{label}@{step}", against=control, least=0.0,
+            for runs in ((teachers.get(label),), *CONTROLS.values()):
+                claim = claims.Claim("", of=f"{label}@{step}", against="control", least=0.0,
                                      measure="equal_kl", sampling=column)
-                beside = [{**entry, "rows": [*entry["rows"], *paths[where, control].values()]}
-                          for entry in entries.values()
-                          if (where := origin(name, entry), control) in paths]
-                cells.append(difference([claims.value(claim, entry) for entry in beside]))
+                found = []
+                for entry in entries.values():
+                    path = [{**row, "policy": "control", "round": 1}
+                            for (run, _), row in paths[origin(name, entry)].items() if run in runs]
+                    if path:
+                        found.append(claims.value(claim, {
+                            **entry, "rows": [*entry["rows"], *path]}))
+                cells.append(difference(found))
             if any(cells):
-                lines.append(f"| {name} | {label}@{step} | {kl:.4f} | {' | '.join(cells)} |")
+                lines.append(f"| {name} | {label}@{step} | {mean(rows[step]['kl']):.4f} "
+                             f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -144,7 +159,8 @@ def difference(found):
     if not found:
         return ""
     center, half = claims.interval([x for x, _ in found])
-    spread = f" ± {half:.3f}" if len(found) > 2 else f" ({len(found)} seeds)"
+    few = "1 seed" if len(found) == 1 else f"{len(found)} seeds"
+    spread = f" ± {half:.3f}" if len(found) > 2 else f" ({few})"
     return f"{center:+.3f}{spread}{'*' if any(note for _, note in found) else ''}"
 
 
@@ -264,6 +280,7 @@ FIGURES = {  # name of the picture: (experiment, how it is drawn)
     "rounds": ("table2", rounds),
     "signals": ("table7", bars),
     "ensembles": ("table8", bars),
+    "figure9": ("table9", lambda e, p: dynamics(e, ["mse", "mse_fast", "mse_negative_4"], p)),
     "full": ("full", frontier),
     "rules8": ("rules8", frontier),
     "recovery": ("few5", lambda e, p: dynamics(e, ["mse"], p)),
