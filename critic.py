@@ -75,13 +75,6 @@ class Config:
     train: runtime.Train
 
 
-class Pretraining(runtime.Run):
-    """Its run folder: states to resume from and no checkpoints, since nobody samples from it."""
-
-    def checkpoint(self, step, model, optimizer):
-        self._save_state(step, model, optimizer)
-
-
 def values(folder, settings, train, policy, batch, kept, ranks):
     """V(s_t) of the whole batch by a value network trained on rows `kept`: [T] float32, 0 on
     prompts. V(s_t) stands at token t, which is chosen in s_t.
@@ -98,8 +91,7 @@ def values(folder, settings, train, policy, batch, kept, ranks):
         name: value for name, value in asdict(config.train).items() if name not in FREE}}
     value = read(Path(folder) / "values.safetensors", made_from, batch)
     if ranks.agree(value is None):
-        run = Pretraining(folder, config, inputs, ranks,
-                          may_change=[f"train.{name}" for name in FREE])
+        run = runtime.Run(folder, config, inputs, ranks, free=FREE)
         model = network(policy, ranks, config.train, float(batch.reward[kept].mean()))
         optimizer = runtime.adamw(model, config.train.lr, config.train.betas,
                                   config.train.weight_decay)
@@ -171,7 +163,7 @@ def pretrain(run, config, model, optimizer, batch, kept, ranks):
             "tokens_per_second": int(batch.lengths[rows].sum()) / seconds,
             "memory_gib": runtime.memory_gib(ranks)}, SHOWN)
         if (step + 1) % settings.checkpoint_every == 0 or step + 1 == config.steps:
-            run.checkpoint(step + 1, model, optimizer)
+            run.save_state(step + 1, model, optimizer)  # no checkpoint: nobody samples from it
 
 
 @torch.no_grad()

@@ -539,6 +539,15 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, lenient=False
     tokenizer, vocab = models.Tokenizer(policy), models.read_config(policy).vocab
     groups, columns = {}, {name: [] for name in ("tokens", "prompt_length", "prompt", "reward",
                                                  "finished", "sampler_logp")}
+    waiting = []  # (row number, row, text) to be graded, together: tests may run for seconds
+
+    def grade_waiting():
+        numbers, rows, texts = zip(*waiting, strict=True)
+        verdicts = rewards(rows, texts, lenient=lenient, workers=2)
+        for number, verdict in zip(numbers, verdicts, strict=True):
+            columns["reward"][number] = verdict
+        waiting.clear()
+
     for place, row in read_json_lines(responses):
         check_row(place, row)
         prompt = row.get("prompt_ids")
@@ -567,11 +576,12 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, lenient=False
         if reward is None and ("answer" in row or "tests" in row):
             if "tests" not in row:
                 row["answer"] = str(row["answer"])
-            try:
-                reward, = rewards([row], [graded_text(tokenizer, prompt, response)],
-                                  lenient=lenient)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
+            else:
+                try:
+                    sandbox.read_tests(row["tests"])
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from None
+            waiting.append((len(columns["reward"]), row, graded_text(tokenizer, prompt, response)))
         elif reward is None:
             raise ValueError(f"{place}: needs reward, or answer or tests to grade against")
         if not (reward is None or type(reward) is bool or durable.number(reward, 0, 1)):
@@ -587,8 +597,12 @@ def import_rollouts(responses, folder, policy, *, temperature=1.0, lenient=False
         columns["reward"].append(reward)
         columns["finished"].append(finished)
         columns["sampler_logp"].append([0.0] * len(prompt) + logp)
+        if len(waiting) == 1024:
+            grade_waiting()
     if not groups:
         raise ValueError(f"{responses}: no responses")
+    if waiting:
+        grade_waiting()
     header = {"policy": str(policy), "fingerprint": models.fingerprint(policy),
               "temperature": float(temperature), "source": "import", "shards": 1}
     write_shard(folder, 0, header, **columns)

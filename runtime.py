@@ -498,12 +498,12 @@ class Run:
     `first` is the step to go on from (0 when fresh), `done` whether nothing is left to do.
     """
 
-    def __init__(self, folder, config, inputs, ranks, *, may_change=(), may_grow=()):
+    def __init__(self, folder, config, inputs, ranks, *, free=FREE, may_grow=()):
         """ValueError if the folder holds a run of another config or other inputs, with the
-        difference. FREE keys and those of may_change may differ, those of may_grow be larger.
+        difference. `free` keys of [train] and the folder may differ, those of may_grow be larger.
         """
         self.folder, self.ranks = Path(folder), ranks
-        self.free = {"output", *may_change, *(f"train.{name}" for name in FREE)}
+        self.free = {"output", *(f"train.{name}" for name in free)}
         self.listening = self.asked = False  # for SIGTERM, and whether it came
         self.bound = math.inf  # of a rank's memory, GiB
         asked = {"config": dataclasses.asdict(config), "inputs": inputs}
@@ -536,7 +536,7 @@ class Run:
             return
         there = (self.folder / "state" / f"step_{step:06d}").exists()
         if not self.ranks.agree(there) and step > self.first:
-            self._save_state(step, model, optimizer)
+            self.save_state(step, model, optimizer)
         self.ranks.print(f"stopped by SIGTERM after step {step}; the same command goes on there")
         sys.stdout.flush()
         os._exit(143)
@@ -612,13 +612,12 @@ class Run:
             if v is not None and (show is None or k in show)), flush=True)
 
     def checkpoint(self, step, model, optimizer):
-        """The policy as a Hugging Face folder step_XXXXXX, then the resume state;
-        older states are dropped.
-        """
+        """The policy as a Hugging Face folder step_XXXXXX, then the resume state."""
         models.save(model, self.folder / f"step_{step:06d}")
-        self._save_state(step, model, optimizer)
+        self.save_state(step, model, optimizer)
 
-    def _save_state(self, step, model, optimizer):
+    def save_state(self, step, model, optimizer):
+        """What the run goes on from; older states are dropped."""
         final = self.folder / "state" / f"step_{step:06d}"
         aside = final.with_name(final.name + ".tmp")
         if self.ranks.rank == 0:
